@@ -1,0 +1,152 @@
+"""The configuration of a TransMamba language model: flat, in Hugging Face's names, checked when it is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from transmamba.errors import InputError
+from transmamba.schedule import TransPointSchedule
+
+MIXER_FORMS = ("shared", "standard")
+
+
+@strict
+class TransMambaConfig(PreTrainedConfig):
+    """Sizes and choices of a TransMamba language model.
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, hidden_act,
+            attention_bias, mlp_bias, rope_parameters, tie_word_embeddings, initializer_range: as in Llama. intermediate_size = 0: no MLP.
+        trans_points: a TransPointSchedule, a list with an int or None per layer, or a schedule's name. Default: V9 for
+            max_position_embeddings, with None where it would switch at or beyond that length.
+        max_position_embeddings: the length the model is trained at. Layers that never switched within it have an untrained SSM.
+        num_state_heads: heads of dt, A and the state; a multiple of num_key_value_heads that divides num_attention_heads.
+        conv_kernel: taps of the causal convolution on q, k and v in both modes; 0 = none.
+        use_gate: gate the SSM's output with SiLU(z).
+        mode_norm: an RMSNorm of each mode's output before o_proj (the SSM's is Mamba-2's gated norm).
+        ssm_rope: rotary embedding in both modes; otherwise inside softmax only.
+        mixer_form: "shared" = every layer can run both modes. "standard" = each layer is a plain Transformer layer (trans_point None:
+            no convolution, gate or SSM parameters) or a Mamba-2 layer with gated norm (trans_point 0); the schedule is then fixed.
+        A_init_range, dt_min, dt_max, dt_init_floor: initial values of A and dt, as in Mamba-2.
+    """
+
+    model_type = "transmamba"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 -- transformers' own class attribute
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    num_state_heads: int | None = None
+    head_dim: int | None = None
+    trans_points: Any = None
+    mixer_form: str = "shared"
+    conv_kernel: int = 4
+    conv_bias: bool = True
+    use_gate: bool = True
+    mode_norm: bool = False
+    ssm_rope: bool = False
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    A_init_range: tuple | list = (1.0, 16.0)
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_state_heads is None:
+            self.num_state_heads = self.num_attention_heads
+        _check_sizes(self)
+        if self.head_dim is None:
+            _check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        _check_divides("num_key_value_heads", self.num_key_value_heads, "num_state_heads", self.num_state_heads)
+        _check_divides("num_state_heads", self.num_state_heads, "num_attention_heads", self.num_attention_heads)
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.head_dim % 2:
+            raise InputError(f"head_dim={self.head_dim} must be even for rotary embedding; try {self.head_dim + 1}.")
+        self.A_init_range = list(self.A_init_range)
+        self.trans_points = _schedule(self.trans_points, self).to_list()
+        super().__post_init__(**kwargs)
+
+    @property
+    def schedule(self) -> TransPointSchedule:
+        """trans_points as a schedule."""
+        return TransPointSchedule(self.trans_points)
+
+    def check_schedule(self, schedule: Sequence[int | None] | str) -> TransPointSchedule:
+        """Return the schedule, checked against this model's layers and form."""
+        return _schedule(schedule, self)
+
+
+def _schedule(given: Any, config: TransMambaConfig) -> TransPointSchedule:
+    length = config.max_position_embeddings
+    if given is None:
+        schedule = (
+            TransPointSchedule.named("v9", config.num_hidden_layers, length)
+            if config.mixer_form == "shared"
+            else (TransPointSchedule.named("transformer", config.num_hidden_layers, length))
+        )
+        schedule = schedule.stays_attention_from(length)
+    elif isinstance(given, str):
+        schedule = TransPointSchedule.parse(given, config.num_hidden_layers, length)
+    else:
+        schedule = TransPointSchedule(given)
+    schedule.check_num_layers(config.num_hidden_layers)
+    if config.mixer_form == "standard":
+        for layer, point in enumerate(schedule):
+            if point not in (None, 0):
+                raise InputError(
+                    f"layer {layer} has TransPoint {point}, but mixer_form='standard' has layers of one mode only: use 0 or None, "
+                    "or mixer_form='shared'."
+                )
+    return schedule
+
+
+def _check_sizes(config: TransMambaConfig) -> None:
+    positive = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_state_heads",
+    )
+    for name in (*positive, "max_position_embeddings"):
+        value = getattr(config, name)
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1.")
+    for name in ("intermediate_size", "conv_kernel"):
+        if getattr(config, name) < 0:
+            raise InputError(f"{name}={getattr(config, name)} must be at least 0 (0 = none).")
+    if config.mixer_form not in MIXER_FORMS:
+        raise InputError(f"mixer_form={config.mixer_form!r} is unknown; choose {' or '.join(map(repr, MIXER_FORMS))}.")
+    low, high = config.A_init_range
+    if not 0 < low <= high:
+        raise InputError(f"A_init_range={[low, high]} must be 0 < low <= high; Mamba-2 uses [1, 16].")
+    if not 0 < config.dt_min <= config.dt_max:
+        raise InputError(
+            f"dt_min={config.dt_min} and dt_max={config.dt_max} must be 0 < dt_min <= dt_max; Mamba-2 uses 0.001 and 0.1."
+        )
+
+
+def _check_divides(small: str, small_value: int, large: str, large_value: int) -> None:
+    if large_value % small_value:
+        raise InputError(f"{small}={small_value} must divide {large}={large_value}.")

@@ -1,0 +1,348 @@
+"""The TransMamba language model: embedding, layers of mixer and MLP, head; a transformers PreTrainedModel.
+
+Notable: a layer is pre-norm residual as in Llama; padding is removed before the first layer and packed documents are told apart by
+their positions, so every execution (full, packed, padded, chunked, stepwise) computes the same function of the document; baselines are
+schedules of this model, or its "standard" form.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
+
+from transmamba.errors import CacheError, InputError
+from transmamba.modules import (
+    GatedMLP,
+    MixerConfig,
+    RotaryTables,
+    TokenLayout,
+    TransMambaCache,
+    TransMambaLayerCache,
+    TransMambaMixer,
+)
+from transmamba.ops.checks import check_finite, values_are_checked
+from transmamba.schedule import TransPointSchedule
+
+from .configuration import TransMambaConfig
+from .initial_values import apply_initial_value, find_initial_value, initial_values
+
+logger = logging.getLogger(__name__)
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class TransMambaPreTrainedModel(PreTrainedModel):
+    """What all TransMamba models share: initial values, checkpointing, the kind of cache."""
+
+    config_class = TransMambaConfig
+    config: TransMambaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransMambaDecoderLayer"]  # noqa: RUF012 -- transformers' own class attribute
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # a row that has switched cannot be rewound: transformers then refuses assisted generation
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        names = [
+            (f"{prefix}.{name}", p)
+            for prefix, child in module.named_children()
+            for name, p in child.named_parameters(recurse=False)
+        ]
+        names += [
+            (f".{name}", p) for name, p in module.named_parameters(recurse=False) if name in ("A_log", "dt_bias", "D")
+        ]
+        if isinstance(
+            module, TransMambaModel | TransMambaForCausalLM | TransMambaDecoderLayer | TransMambaMixer | GatedMLP
+        ):
+            table = initial_values(self.config)
+            for name, parameter in names:
+                apply_initial_value(parameter, find_initial_value(table, name), dt_init_floor=self.config.dt_init_floor)
+
+
+class TransMambaModel(TransMambaPreTrainedModel):
+    """The backbone: token ids or embeddings to hidden states."""
+
+    def __init__(self, config: TransMambaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [TransMambaDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def set_trans_points(self, schedule: Sequence[int | None] | str) -> TransPointSchedule:
+        """Run with another schedule from now on: a TransPointSchedule, a list, or a name. Caches made before do not fit it any more."""
+        checked = self.config.check_schedule(schedule)
+        if self.config.mixer_form == "standard" and list(checked) != self.config.trans_points:
+            raise InputError(
+                f"mixer_form='standard' has one mode per layer, fixed at {self.config.trans_points}; a model that can change its "
+                "schedule has mixer_form='shared'."
+            )
+        self.config.trans_points = checked.to_list()
+        for layer, point in zip(self.layers, checked, strict=True):
+            layer.mixer.trans_point = point
+        return checked
+
+    def make_cache(self) -> TransMambaCache:
+        """An empty cache for the current schedule."""
+        kernels = [0 if layer.mixer.conv1d is None else self.config.conv_kernel for layer in self.layers]
+        return TransMambaCache([layer.mixer.trans_point for layer in self.layers], kernels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return last_hidden_state (batch, seq_len, hidden_size), and the cache when use_cache.
+
+        Args:
+            input_ids: (batch, seq_len); or inputs_embeds (batch, seq_len, hidden_size).
+            attention_mask: (batch, past + seq_len), 0 = padding, on either side. Hidden states of padding are zero before the norm.
+            position_ids: (batch, seq_len). Where they do not rise by one, a new document begins (packing). Positions are counted within
+                the document in any case; with a cache they are not read.
+            cu_seqlens: borders of packed documents over the flattened batch, instead of position_ids.
+            past_key_values: a TransMambaCache of this schedule, from an earlier call or make_cache().
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give input_ids or inputs_embeds, one of the two.")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise InputError(
+                "attention weights are never formed here, and SSM layers have none; leave output_attentions unset."
+            )
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seq_len = hidden.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        pasts = None if cache is None else cache.pasts(batch)
+        fresh = pasts is None or not any(pasts)
+        layout = TokenLayout.of(
+            batch,
+            seq_len,
+            hidden.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids if fresh else None,
+            cu_seqlens=cu_seqlens,
+            pasts=None if fresh else pasts,
+        )
+        if cache is not None and layout.packed:
+            if use_cache or past_key_values is not None:
+                raise InputError(
+                    "a cache holds one document a row, and these rows are packed; pass use_cache=False and no cache."
+                )
+            cache = None
+        self._warn_of_untrained_modes(layout)
+        rotary = self._rotary(hidden, layout)
+
+        record_all = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        recorded: list[Tensor] = []
+        rewind = 0 if cache is None else cache.rewind
+        hidden = layout.pack(hidden)
+        for number, layer in enumerate(self.layers):
+            if record_all:
+                recorded.append(layout.unpack(hidden))
+            hidden = layer(hidden, rotary, layout, None if cache is None else cache.layers[number], rewind)
+        hidden = layout.unpack(self.norm(hidden))
+        if cache is not None:
+            cache.advance(layout.lengths, seq_len)
+        if values_are_checked(hidden):
+            check_finite("TransMambaModel", {"last_hidden_state": hidden})
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*recorded, hidden) if record_all else None,
+        )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> TransMambaCache | None:
+        wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            wanted = False
+        if given is None:
+            return self.make_cache() if wanted else None
+        if not isinstance(given, TransMambaCache):
+            raise CacheError(
+                f"past_key_values is a {type(given).__name__}; pass a TransMambaCache (model.make_cache()), or None."
+            )
+        if given.trans_points != self.config.trans_points:
+            raise CacheError(
+                f"this cache was made for the schedule {given.trans_points} and the model runs {self.config.trans_points}; begin a new one."
+            )
+        return given
+
+    def _rotary(self, hidden: Tensor, layout: TokenLayout) -> RotaryTables:
+        # fp32 tables, whatever the model's dtype: bf16 positions above 256 are not whole numbers.
+        wide = hidden.float()
+        cos, sin = self.rotary_emb(wide, layout.positions())
+        switching = [point for point in self.config.trans_points if point]
+        if self.config.ssm_rope or not any(layout.pasts) and layout.rectangular or not switching:
+            return RotaryTables(cos, sin)
+        if self.config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
+            return RotaryTables(cos, sin)
+        reach = max((point for point in switching if point <= max(layout.pasts) + layout.seq_len), default=0)
+        past_cos, past_sin = self.rotary_emb(wide, torch.arange(reach, device=hidden.device)[None])
+        return RotaryTables(cos, sin, past_cos, past_sin)
+
+    def _warn_of_untrained_modes(self, layout: TokenLayout) -> None:
+        trained = self.config.max_position_embeddings
+        longest = max((past + new for past, new in zip(layout.pasts, layout.lengths, strict=True)), default=0)
+        if longest <= trained or self._warned_beyond:
+            return
+        untrained = [
+            number
+            for number, point in enumerate(self.config.trans_points)
+            if point is not None and trained <= point < longest
+        ]
+        if untrained:
+            self._warned_beyond = True
+            logger.warning(
+                "layers %s switch to their SSM beyond the trained length of %d, where it was never trained; "
+                "set_trans_points(config.schedule.stays_attention_from(%d)) keeps them in attention.",
+                untrained,
+                trained,
+                trained,
+            )
+
+    _warned_beyond = False
+
+
+class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
+    """The language model: backbone and head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 -- transformers' own class attribute
+
+    def __init__(self, config: TransMambaConfig) -> None:
+        super().__init__(config)
+        self.model = TransMambaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_trans_points(self, schedule: Sequence[int | None] | str) -> TransPointSchedule:
+        """Run with another schedule from now on; see TransMambaModel.set_trans_points."""
+        return self.model.set_trans_points(schedule)
+
+    def make_cache(self) -> TransMambaCache:
+        """An empty cache for the current schedule."""
+        return self.model.make_cache()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (batch, seq_len or logits_to_keep, vocab_size), and the loss when labels are given.
+
+        labels: (batch, seq_len), shifted here; -100 is ignored. logits_to_keep: only the last n positions, or the positions given.
+        The rest as in TransMambaModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise InputError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not fit TransMamba, whose cache changes its form "
+                "at the TransPoints; leave it unset."
+            )
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.make_cache()
+
+
+class TransMambaDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); no MLP where intermediate_size is 0."""
+
+    def __init__(self, config: TransMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        trans_point = config.trans_points[layer_idx]
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = TransMambaMixer(mixer_config(config, trans_point), trans_point)
+        if config.intermediate_size:
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
+        else:
+            self.mlp = None
+
+    def forward(
+        self, hidden: Tensor, rotary: RotaryTables, layout: TokenLayout, cache: TransMambaLayerCache | None, rewind: int
+    ) -> Tensor:
+        hidden = hidden + self.mixer(self.input_layernorm(hidden), rotary, layout, cache, rewind)
+        if self.mlp is None:
+            return hidden
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def mixer_config(config: TransMambaConfig, trans_point: int | None) -> MixerConfig:
+    """The mixer of a layer with this TransPoint; in the standard form it depends on it."""
+    standard = config.mixer_form == "standard"
+    is_attention, is_ssm = standard and trans_point is None, standard and trans_point is not None
+    return MixerConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        num_state_heads=config.num_state_heads,
+        head_dim=config.head_dim,
+        conv_kernel=0 if is_attention else config.conv_kernel,
+        conv_bias=config.conv_bias,
+        attention_bias=config.attention_bias,
+        use_gate=config.use_gate and not is_attention,
+        mode_norm=(config.mode_norm or is_ssm) and not is_attention,
+        ssm_rope=config.ssm_rope and not is_ssm,
+        rms_norm_eps=config.rms_norm_eps,
+        has_attention=not is_ssm,
+        has_ssm=not is_attention,
+    )

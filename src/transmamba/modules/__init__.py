@@ -1,0 +1,18 @@
+"""Parameters and shapes: the parts that models are made of."""
+
+from .cache import TransMambaCache, TransMambaLayerCache
+from .conv import CausalConv1d
+from .layout import TokenLayout
+from .mixer import MixerConfig, RotaryTables, TransMambaMixer
+from .mlp import GatedMLP
+
+__all__ = [
+    "CausalConv1d",
+    "GatedMLP",
+    "MixerConfig",
+    "RotaryTables",
+    "TokenLayout",
+    "TransMambaCache",
+    "TransMambaLayerCache",
+    "TransMambaMixer",
+]

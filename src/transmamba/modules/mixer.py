@@ -1,0 +1,284 @@
+"""The TransMamba mixer: one set of projections, read as Q, K, V before the TransPoint and as C, B, x after it (arXiv 2503.24067, eq. 1 to 6).
+
+Notable: convolution and SiLU act on q, k and v in both modes, before the split; the gate z acts on the SSM's output only; rotary
+embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotated keys; projections and the convolution are always
+called as modules. Letters: P the TransPoint, S state heads, n state_size = head_dim, p head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from transmamba.errors import CacheError
+from transmamba.modules.cache import TransMambaLayerCache
+from transmamba.modules.conv import CausalConv1d
+from transmamba.modules.layout import ModeSelection, TokenLayout
+from transmamba.ops import apply_rotary, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
+from transmamba.ops.causal_conv1d.torch import ConvWindow
+from transmamba.ops.rotary import undo_rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """What one mixer is made of. has_attention and has_ssm: the modes it owns parameters for."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_state_heads: int
+    head_dim: int
+    conv_kernel: int
+    conv_bias: bool
+    attention_bias: bool
+    use_gate: bool
+    mode_norm: bool
+    ssm_rope: bool
+    rms_norm_eps: float
+    has_attention: bool = True
+    has_ssm: bool = True
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin at this call's positions, (1 or batch, seq_len, head_dim); and at positions 0, 1, ... for keys that are handed over."""
+
+    cos: Tensor
+    sin: Tensor
+    past_cos: Tensor | None = None  # (1, positions, head_dim); None where the frequencies depend on the length
+    past_sin: Tensor | None = None
+
+
+class TransMambaMixer(nn.Module):
+    """Softmax attention up to position P, a Mamba-2 state space after it. hidden (batch, seq_len, hidden_size)."""
+
+    def __init__(self, config: MixerConfig, trans_point: int | None) -> None:
+        super().__init__()
+        self.config = config
+        self.trans_point = trans_point
+        c, width, kv_width = (
+            config,
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
+        self.split_sizes = (width, kv_width, kv_width)
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias)
+        self.conv1d = CausalConv1d(sum(self.split_sizes), c.conv_kernel, bias=c.conv_bias) if c.conv_kernel else None
+        if c.has_ssm:
+            self.dt_proj = nn.Linear(c.hidden_size, c.num_state_heads, bias=False)
+            self.dt_bias = nn.Parameter(torch.empty(c.num_state_heads))
+            self.A_log = nn.Parameter(torch.empty(c.num_state_heads))
+            self.D = nn.Parameter(torch.empty(c.num_attention_heads))
+            self.z_proj = nn.Linear(c.hidden_size, width, bias=False) if c.use_gate else None
+        if c.mode_norm:
+            self.attention_norm = nn.RMSNorm(width, eps=c.rms_norm_eps) if c.has_attention else None
+            self.ssm_norm = nn.RMSNorm(width, eps=c.rms_norm_eps) if c.has_ssm else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: RotaryTables,
+        layout: TokenLayout,
+        cache: TransMambaLayerCache | None = None,
+        rewind: int = 0,
+    ) -> Tensor:
+        """Mix tokens along the sequence; with a cache, go on from it and leave it at the last token."""
+        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
+        if self.conv1d is not None:
+            qkv = self._convolve(qkv, layout, cache, rewind)
+        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv.split(self.split_sizes, dim=-1))
+        if self.config.ssm_rope:
+            q, k = (apply_rotary(x, rotary.cos, rotary.sin) for x in (q, k))
+        y = self._mix(q, k, v, hidden, rotary, layout, cache)
+        return self.o_proj(self._finish(y.flatten(-2), hidden, layout))
+
+    def step_sizes(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dt = softplus(dt_proj(hidden) + dt_bias), (..., S), and A = -exp(A_log), (S,)."""
+        # fp32: in bf16 A would move by up to 0.8 % (A_log of 1 to 16) and long sums of dt A would drift.
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return softplus(self.dt_proj(hidden).to(dtype) + self.dt_bias.to(dtype)), -self.A_log.to(dtype).exp()
+
+    def _convolve(self, qkv: Tensor, layout: TokenLayout, cache: TransMambaLayerCache | None, rewind: int) -> Tensor:
+        assert self.conv1d is not None
+        kernel = self.config.conv_kernel
+        kept = None if cache is None else cache.conv
+        past = None if kept is None else kept[:, kept.shape[1] - kernel + 1 :]
+        window = ConvWindow.of(qkv, kernel, past, layout.borders)
+        if cache is not None:
+            if layout.rectangular and rewind:
+                history = window.inputs if kept is None else torch.cat([kept, qkv], dim=1)
+                cache.conv = history[:, -(kernel - 1 + rewind) :].clone()
+            else:
+                cache.conv = window.final_state().clone()  # a view would keep the whole prompt alive
+        return silu(window.outputs(self.conv1d(window.inputs.transpose(1, 2)).transpose(1, 2)))
+
+    def _mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor,
+        rotary: RotaryTables,
+        layout: TokenLayout,
+        cache: TransMambaLayerCache | None,
+    ) -> Tensor:
+        rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
+        if not self.config.has_ssm and cache is None:
+            q, k = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
+            return softmax_attention(q, k, v, cu_seqlens=layout.borders, validate=False)
+        dt, A = self.step_sizes(hidden) if self.config.has_ssm else (None, None)
+        if cache is not None:
+            return self._mix_onto_cache(q, k, v, dt, A, rotary, layout, cache)
+        assert dt is not None
+        assert A is not None
+        return hybrid_mixer(
+            q, k, v, dt, A, self.D, trans_point=self.trans_point, rotary=rope, cu_seqlens=layout.borders, validate=False
+        )
+
+    def _mix_onto_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor | None,
+        A: Tensor | None,
+        rotary: RotaryTables,
+        layout: TokenLayout,
+        cache: TransMambaLayerCache,
+    ) -> Tensor:
+        if layout.uniform_past == 0 and self.trans_point is not None and self.trans_point < layout.seq_len:
+            assert dt is not None
+            assert A is not None
+            rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
+            y, state = hybrid_mixer(
+                q,
+                k,
+                v,
+                dt,
+                A,
+                self.D,
+                trans_point=self.trans_point,
+                rotary=rope,
+                return_final_state=True,
+                validate=False,
+            )
+            cache.store_state(range(len(layout.lengths)), state, len(layout.lengths))
+            return y
+        plan = layout.plan(self.trans_point)
+        rotated = (q, k) if self.config.ssm_rope else tuple(apply_rotary(x, rotary.cos, rotary.sin) for x in (q, k))
+        tokens = [None if x is None else x.flatten(0, 1) for x in (q, k, v, dt, *rotated)]
+        y = torch.zeros(q.shape[0] * q.shape[1], *q.shape[2:], dtype=q.dtype, device=q.device)
+        if plan.attention.documents:
+            y = self._attend(y, tokens, plan.attention, cache, batch=len(layout.lengths))
+        if plan.ssm.documents:
+            self._hand_over(cache.before_switch(plan.ssm.documents), A, rotary, cache, batch=len(layout.lengths))
+            y = self._scan(y, tokens, A, plan.ssm, cache, batch=len(layout.lengths))
+        return y.unflatten(0, q.shape[:2])
+
+    def _attend(
+        self, y: Tensor, tokens: list[Tensor | None], chosen: ModeSelection, cache: TransMambaLayerCache, batch: int
+    ) -> Tensor:
+        _, _, v, dt, q_r, k_r = (None if x is None else x[chosen.index] for x in tokens)
+        assert v is not None
+        assert q_r is not None
+        assert k_r is not None
+        cache.append(chosen.documents, chosen.lengths, k_r, v, dt if self.trans_point is not None else None, batch)
+        keys, values, _, key_lengths = cache.read(chosen.documents)
+        ragged = chosen.inside is not None or len(set(key_lengths)) > 1
+        lengths = {"query_lengths": chosen.lengths, "key_lengths": key_lengths} if ragged else {}
+        out = softmax_attention(q_r, keys, values, validate=False, **lengths)
+        out = out.flatten(0, 1) if chosen.inside is None else out[chosen.inside]
+        return y.index_copy(0, chosen.flat_index, out)
+
+    def _hand_over(
+        self, crossing: tuple[int, ...], A: Tensor | None, rotary: RotaryTables, cache: TransMambaLayerCache, batch: int
+    ) -> None:
+        """The Memory Converter: the cached prefix of every row that crosses its TransPoint now becomes its state."""
+        if not crossing:
+            return
+        keys, values, dt, _ = cache.read(crossing)
+        assert dt is not None
+        assert A is not None
+        if not self.config.ssm_rope:
+            if rotary.past_cos is None or rotary.past_sin is None:
+                raise CacheError(
+                    "this rope_type changes its frequencies with the length, so cached keys cannot be handed to the state; "
+                    "use another rope_type, or set the TransPoints to None or 0."
+                )
+            length = keys.shape[1]
+            keys = undo_rotary(keys, rotary.past_cos[:, :length], rotary.past_sin[:, :length])
+            values = values.to(keys.dtype)
+        cache.store_state(crossing, memory_converter(keys, values, dt, A, validate=False), batch)
+        cache.free(crossing)
+
+    def _scan(
+        self,
+        y: Tensor,
+        tokens: list[Tensor | None],
+        A: Tensor | None,
+        chosen: ModeSelection,
+        cache: TransMambaLayerCache,
+        batch: int,
+    ) -> Tensor:
+        assert A is not None
+        state = cache.state
+        if state is not None and len(chosen.documents) < batch:
+            state = state[torch.tensor(chosen.documents, device=state.device)]
+        if set(chosen.lengths) == {1} and state is not None:
+            q, k, v, dt = (x[chosen.flat_index] for x in tokens[:4] if x is not None)
+            out, state = ssd_step(state, q, k, v, dt, A, self.D, validate=False)
+        elif chosen.inside is None:
+            q, k, v, dt = (x[chosen.index] for x in tokens[:4] if x is not None)
+            out, state = ssd_scan(q, k, v, dt, A, self.D, initial_state=state, return_final_state=True, validate=False)
+            out = out.flatten(0, 1)
+        else:
+            q, k, v, dt = (x[None, chosen.flat_index] for x in tokens[:4] if x is not None)
+            out, state = ssd_scan(
+                q,
+                k,
+                v,
+                dt,
+                A,
+                self.D,
+                initial_state=state,
+                cu_seqlens=chosen.borders,
+                return_final_state=True,
+                validate=False,
+            )
+            out = out[0]
+        cache.store_state(chosen.documents, state, batch)
+        return y.index_copy(0, chosen.flat_index, out)
+
+    def _finish(self, y: Tensor, hidden: Tensor, layout: TokenLayout) -> Tensor:
+        """Gate the SSM's outputs, and normalise each mode by itself where mode_norm asks for it. y (batch, seq_len, width)."""
+        c = self.config
+        if not c.mode_norm and not (c.use_gate and c.has_ssm):
+            return y
+        longest = max((past + new for past, new in zip(layout.pasts, layout.lengths, strict=True)), default=0)
+        if self.trans_point is None or self.trans_point >= longest:
+            return self._finish_attention(y)
+        if all(past >= self.trans_point for past in layout.pasts):
+            return self._finish_ssm(y, hidden)
+        if layout.uniform_past is not None:
+            cut = self.trans_point - layout.uniform_past
+            return torch.cat([self._finish_attention(y[:, :cut]), self._finish_ssm(y[:, cut:], hidden[:, cut:])], dim=1)
+        plan = layout.plan(self.trans_point)
+        flat, hidden = y.flatten(0, 1), hidden.flatten(0, 1)
+        index = plan.ssm.flat_index
+        finished = flat.index_copy(0, index, self._finish_ssm(flat[index], hidden[index]))
+        if c.mode_norm:
+            index = plan.attention.flat_index
+            finished = finished.index_copy(0, index, self._finish_attention(flat[index]))
+        return finished.unflatten(0, y.shape[:2])
+
+    def _finish_attention(self, y: Tensor) -> Tensor:
+        return self.attention_norm(y) if self.config.mode_norm and self.attention_norm is not None else y
+
+    def _finish_ssm(self, y: Tensor, hidden: Tensor) -> Tensor:
+        if self.z_proj is not None:
+            y = y * silu(self.z_proj(hidden))
+        return self.ssm_norm(y) if self.config.mode_norm and self.ssm_norm is not None else y

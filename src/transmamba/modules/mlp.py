@@ -1,0 +1,18 @@
+"""The feed-forward block: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); hidden_act "silu" makes it SwiGLU. x (..., hidden_size)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,24 @@
+"""Mathematics with a contract: each op is a folder with a public function, its reference and its fast forms."""
+
+from .backends import BackendChoice, explain
+from .causal_conv1d import causal_conv1d
+from .checks import check_values
+from .hybrid_mixer import hybrid_mixer
+from .memory_converter import memory_converter
+from .rotary import apply_rotary
+from .softmax_attention import softmax_attention
+from .ssd_scan import ssd_scan
+from .ssd_step import ssd_step
+
+__all__ = [
+    "BackendChoice",
+    "apply_rotary",
+    "causal_conv1d",
+    "check_values",
+    "explain",
+    "hybrid_mixer",
+    "memory_converter",
+    "softmax_attention",
+    "ssd_scan",
+    "ssd_step",
+]

@@ -1,0 +1,81 @@
+"""softmax_attention through torch's scaled_dot_product_attention: documents of equal length share a call."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from transmamba.ops.heads import expand_heads
+
+
+def softmax_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Sequence[int] | None = None,
+    query_lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the attention output; see softmax_attention."""
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        return expand_heads(v, heads, dim=2)[:, : q.shape[1]]
+    if cu_seqlens is not None and len(cu_seqlens) > 2:
+        return _packed(q, k, v, tuple(cu_seqlens))
+    if query_lengths is not None or key_lengths is not None:
+        lengths = ([x.shape[1]] * x.shape[0] if n is None else n for x, n in ((q, query_lengths), (k, key_lengths)))
+        return _ragged(q, k, v, *lengths)
+    queries, keys = q.shape[1], k.shape[1]
+    if queries == keys:
+        return _attend(q, k, v, is_causal=queries > 1)
+    if queries == 1:
+        return _attend(q, k, v)
+    positions = torch.arange(keys, device=q.device)
+    return _attend(q, k, v, mask=positions <= positions[keys - queries :, None])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    grouped = q.shape[2] == heads and k.shape[2] == v.shape[2]
+    if not grouped:
+        q, k, v = (expand_heads(x, heads, dim=2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    shared = k.shape[1] != heads
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shared).transpose(1, 2)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, borders: tuple[int, ...]) -> Tensor:
+    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    if len(set(lengths)) == 1:
+        y = _attend(*(x.unflatten(1, (len(lengths), -1)).flatten(0, 1) for x in (q, k, v)), is_causal=True)
+        return y.flatten(0, 1).unsqueeze(0)
+    groups, inverse = _equal_lengths(borders, q.device)
+    parts = [_attend(*(x[0][group] for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(0, 1) for group in groups]
+    return torch.cat(parts)[inverse].unsqueeze(0)
+
+
+def _ragged(q: Tensor, k: Tensor, v: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Tensor:
+    n_queries, n_keys = (torch.tensor(n, device=q.device)[:, None] for n in (query_lengths, key_lengths))
+    query = torch.arange(q.shape[1], device=q.device)
+    at = n_keys - n_queries + query  # the key each query stands at
+    at = at.masked_fill(
+        query >= n_queries, 0
+    )  # a padded query reads key 0, so that no row is empty; its output is dropped
+    mask = torch.arange(k.shape[1], device=q.device) <= at[..., None]
+    y = _attend(q, k, v, mask=mask.unsqueeze(1))
+    return y.masked_fill((query >= n_queries)[..., None, None], 0.0)
+
+
+@lru_cache(maxsize=32)
+def _equal_lengths(borders: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Token indices of the documents of each length, (documents, length) each; and where every token went in their concatenation."""
+    starts: dict[int, list[int]] = {}
+    for start, end in zip(borders, borders[1:], strict=False):
+        if end > start:
+            starts.setdefault(end - start, []).append(start)
+    groups = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in starts.items()]
+    inverse = torch.argsort(torch.cat([group.flatten() for group in groups]))
+    return tuple(group.to(device) for group in groups), inverse.to(device)
