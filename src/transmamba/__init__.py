@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
     from .errors import TransMambaError
     from .models import TransMambaConfig, TransMambaForCausalLM, TransMambaModel
@@ -32,6 +34,7 @@ __all__ = [
     "TransMambaForCausalLM",
     "TransMambaModel",
     "TransPointSchedule",
+    "__version__",
 ]
 
 
@@ -39,6 +42,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module 'transmamba' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 # The console script answers --help without torch; everyone else gets the Auto classes by importing us.

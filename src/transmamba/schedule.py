@@ -207,6 +207,7 @@ class MixerShape:
     head_dim: int
     vocab_size: int
     conv_kernel: int = 4
+    use_gate: bool = True
     mixer_form: str = "shared"
     chunk_size: int = 64
     bytes_per_element: int = 2
@@ -219,7 +220,11 @@ class MixerShape:
                 if value not in ("shared", "standard"):
                     raise InputError(f'mixer_form={value!r} must be "shared" or "standard".')
                 continue
-            least = 0 if field.name == "conv_kernel" else 1
+            if field.name == "use_gate":
+                if not isinstance(value, bool):
+                    raise InputError(f"use_gate={value!r} must be True or False.")
+                continue
+            least = 0 if field.name in ("conv_kernel", "intermediate_size") else 1
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise InputError(f"{field.name}={value!r} must be a whole number >= {least}.")
         for name in ("num_key_value_heads", "num_state_heads"):
@@ -358,7 +363,7 @@ def layer_flops(shape: MixerShape, trans_point: int | None, start: int, end: int
     converter    2 P n p per state head, once, when the first token at or after the TransPoint P > 0 is read.
     projections  queries, keys, values, output and the convolution for every token; step sizes for every token of a
                  layer that has a TransPoint; the gate for tokens that the SSM mixes.
-    mlp          SwiGLU: three matrices of hidden_size x intermediate_size.
+    mlp          SwiGLU, three matrices of hidden_size x intermediate_size.
     """
     _check_position(start)
     if end < start:
@@ -382,7 +387,7 @@ def layer_flops(shape: MixerShape, trans_point: int | None, start: int, end: int
         per_token += 2 * shape.hidden_size * shape.num_state_heads
     if _has_convolution(shape, trans_point):
         per_token += 2 * shape.conv_kernel * shape.conv_channels
-    gate = 2 * shape.hidden_size * heads * p
+    gate = 2 * shape.hidden_size * heads * p if shape.use_gate else 0
 
     return LayerFlops(
         attention=2 * (n + p) * heads * pairs,

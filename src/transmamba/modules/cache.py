@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from transmamba.errors import CacheError
 
-BLOCK = 256  # tokens that storage grows by: one copy every 256 steps, at most 256 tokens unused
+BLOCK = 64  # tokens that storage grows by: copying it every 64 steps costs 2 % of reading it 64 times
 REWIND = 32  # tokens that crop can take back where the convolution's inputs have to be kept for it
 
 
@@ -175,8 +175,11 @@ class TransMambaCache(Cache):
         self.trans_points = list(trans_points)
         self.lengths: list[int] | None = None  # tokens of each row, padding not counted
         self.columns = 0  # columns of the batch so far, padding counted
-        # Rewinding needs the convolution's old inputs. Where a layer switches at once it is never possible, and nothing is kept for it.
-        self.rewind = 0 if any(point == 0 for point in trans_points) else REWIND
+
+    @property
+    def rewind(self) -> int:
+        """Tokens for which crop needs the convolution's old inputs: none where a layer has switched, or will with the first token."""
+        return REWIND if self.is_croppable and 0 not in self.trans_points else 0
 
     def pasts(self, batch: int) -> list[int]:
         """Tokens before this call, per row."""
@@ -247,9 +250,12 @@ class TransMambaCache(Cache):
                     f"cannot take back {count} tokens: layer {number} keeps the convolution's inputs for {room}. "
                     "Keep a copy of the cache (copy.deepcopy) instead."
                 )
-        for layer in self.layers:
-            layer.remove_last(count)
         self.lengths = [length - count for length in self.lengths]
+        for layer in self.layers:
+            if any(self.lengths):
+                layer.remove_last(count)
+            else:  # the next call begins a document, and expects nothing stored
+                layer.reset()
         self.columns -= count
 
     @property

@@ -6,10 +6,12 @@ from transmamba.ops.causal_conv1d import depthwise_valid
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise convolution over inputs that already carry their past: (batch, channels, kernel - 1 + t) -> (batch, channels, t)."""
+    """Depthwise convolution over inputs that already carry their past: (batch, channels, kernel - 1 + t) -> (batch, channels, t).
 
-    def __init__(self, channels: int, kernel: int, *, bias: bool = True) -> None:
-        super().__init__(channels, channels, kernel, groups=channels, bias=bias)
+    With nn.Conv1d's own arguments, and its own forward where it is not depthwise: LoRA makes its two factors of this class.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight.shape[1] != 1:
+            return super().forward(input)
         return depthwise_valid(input.transpose(1, 2), self.weight[:, 0], self.bias).transpose(1, 2)

@@ -116,6 +116,15 @@ class TokenLayout:
         """The common past of all rows of a rectangular batch, else None."""
         return self.pasts[0] if self.rectangular and len(set(self.pasts)) == 1 else None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, its past included."""
+        return max([0, *(past + new for past, new in zip(self.pasts, self.lengths, strict=True))])
+
+    def crosses(self, trans_point: int) -> bool:
+        """Whether some document reads its token at this position now."""
+        return any(past <= trans_point < past + new for past, new in zip(self.pasts, self.lengths, strict=True))
+
     def positions(self) -> Tensor:
         """Position within the document of every token: (1, seq_len), (batch, seq_len), or (1, tokens) when flat."""
         if self.uniform_past is not None:
@@ -166,7 +175,7 @@ class TokenLayout:
         lengths = tuple(length for _, _, length in pieces)
         first = torch.tensor([start for _, start, _ in pieces], dtype=torch.int64)
         count = torch.tensor(lengths, dtype=torch.int64)
-        within = torch.arange(max(lengths, default=0))
+        within = torch.arange(max([0, *lengths]))
         index = first[:, None] + torch.minimum(within, count[:, None] - 1)
         inside = None if len(set(lengths)) <= 1 else (within < count[:, None]).to(self.device)
         return ModeSelection(tuple(document for document, _, _ in pieces), lengths, index.to(self.device), inside)

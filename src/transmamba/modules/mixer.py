@@ -5,6 +5,7 @@ embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotat
 called as modules. Letters: P the TransPoint, S state heads, n state_size = head_dim, p head_dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import silu, softplus
 from transmamba.errors import CacheError
 from transmamba.modules.cache import TransMambaLayerCache
 from transmamba.modules.conv import CausalConv1d
-from transmamba.modules.layout import ModeSelection, TokenLayout
+from transmamba.modules.layout import TokenLayout
 from transmamba.ops import apply_rotary, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
 from transmamba.ops.causal_conv1d.torch import ConvWindow
 from transmamba.ops.rotary import undo_rotary
@@ -67,7 +68,10 @@ class TransMambaMixer(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
         self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias)
-        self.conv1d = CausalConv1d(sum(self.split_sizes), c.conv_kernel, bias=c.conv_bias) if c.conv_kernel else None
+        channels = sum(self.split_sizes)
+        self.conv1d = (
+            CausalConv1d(channels, channels, c.conv_kernel, groups=channels, bias=c.conv_bias) if c.conv_kernel else None
+        )
         if c.has_ssm:
             self.dt_proj = nn.Linear(c.hidden_size, c.num_state_heads, bias=False)
             self.dt_bias = nn.Parameter(torch.empty(c.num_state_heads))
@@ -150,49 +154,59 @@ class TransMambaMixer(nn.Module):
         layout: TokenLayout,
         cache: TransMambaLayerCache,
     ) -> Tensor:
-        if layout.uniform_past == 0 and self.trans_point is not None and self.trans_point < layout.seq_len:
+        point, batch = self.trans_point, len(layout.lengths)
+        rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
+        if layout.uniform_past == 0 and point is not None and point < layout.seq_len:
             assert dt is not None
             assert A is not None
-            rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
             y, state = hybrid_mixer(
-                q,
-                k,
-                v,
-                dt,
-                A,
-                self.D,
-                trans_point=self.trans_point,
-                rotary=rope,
-                return_final_state=True,
-                validate=False,
+                q, k, v, dt, A, self.D, trans_point=point, rotary=rope, return_final_state=True, validate=False
             )
-            cache.store_state(range(len(layout.lengths)), state, len(layout.lengths))
+            cache.store_state(range(batch), state, batch)
             return y
-        plan = layout.plan(self.trans_point)
-        rotated = (q, k) if self.config.ssm_rope else tuple(apply_rotary(x, rotary.cos, rotary.sin) for x in (q, k))
-        tokens = [None if x is None else x.flatten(0, 1) for x in (q, k, v, dt, *rotated)]
+        if layout.rectangular and (point is None or layout.longest <= point):
+            q_r, k_r = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
+            return self._attend(q_r, k_r, v, dt, range(batch), layout.lengths, cache, batch)
+        if layout.rectangular and point is not None and min(layout.pasts) >= point:
+            self._hand_over(cache.before_switch(range(batch)), A, rotary, cache, batch)
+            return self._scan(q, k, v, dt, A, range(batch), cache, batch)
+
+        plan = layout.plan(point)
+        q_r, k_r = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
         y = torch.zeros(q.shape[0] * q.shape[1], *q.shape[2:], dtype=q.dtype, device=q.device)
-        if plan.attention.documents:
-            y = self._attend(y, tokens, plan.attention, cache, batch=len(layout.lengths))
-        if plan.ssm.documents:
-            self._hand_over(cache.before_switch(plan.ssm.documents), A, rotary, cache, batch=len(layout.lengths))
-            y = self._scan(y, tokens, A, plan.ssm, cache, batch=len(layout.lengths))
+        chosen = plan.attention
+        if chosen.documents:
+            picked = (None if x is None else x.flatten(0, 1)[chosen.index] for x in (q_r, k_r, v, dt))
+            out = self._attend(*picked, chosen.documents, chosen.lengths, cache, batch)
+            out = out.flatten(0, 1) if chosen.inside is None else out[chosen.inside]
+            y = y.index_copy(0, chosen.flat_index, out)
+        chosen = plan.ssm
+        if chosen.documents:
+            self._hand_over(cache.before_switch(chosen.documents), A, rotary, cache, batch)
+            equal = chosen.inside is None
+            index = chosen.index if equal else chosen.flat_index[None]
+            picked = (None if x is None else x.flatten(0, 1)[index] for x in (q, k, v, dt))
+            out = self._scan(*picked, A, chosen.documents, cache, batch, borders=None if equal else chosen.borders)
+            y = y.index_copy(0, chosen.flat_index, out.flatten(0, 1))
         return y.unflatten(0, q.shape[:2])
 
     def _attend(
-        self, y: Tensor, tokens: list[Tensor | None], chosen: ModeSelection, cache: TransMambaLayerCache, batch: int
+        self,
+        q_r: Tensor,
+        k_r: Tensor,
+        v: Tensor,
+        dt: Tensor | None,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        cache: TransMambaLayerCache,
+        batch: int,
     ) -> Tensor:
-        _, _, v, dt, q_r, k_r = (None if x is None else x[chosen.index] for x in tokens)
-        assert v is not None
-        assert q_r is not None
-        assert k_r is not None
-        cache.append(chosen.documents, chosen.lengths, k_r, v, dt if self.trans_point is not None else None, batch)
-        keys, values, _, key_lengths = cache.read(chosen.documents)
-        ragged = chosen.inside is not None or len(set(key_lengths)) > 1
-        lengths = {"query_lengths": chosen.lengths, "key_lengths": key_lengths} if ragged else {}
-        out = softmax_attention(q_r, keys, values, validate=False, **lengths)
-        out = out.flatten(0, 1) if chosen.inside is None else out[chosen.inside]
-        return y.index_copy(0, chosen.flat_index, out)
+        """Attend from the new tokens of these rows, (rows, max length, heads, head_dim), to all of theirs."""
+        cache.append(rows, lengths, k_r, v, dt if self.trans_point is not None else None, batch)
+        keys, values, _, key_lengths = cache.read(rows)
+        ragged = len(set(lengths)) > 1 or len(set(key_lengths)) > 1
+        extents = {"query_lengths": lengths, "key_lengths": key_lengths} if ragged else {}
+        return softmax_attention(q_r, keys, values, validate=False, **extents)
 
     def _hand_over(
         self, crossing: tuple[int, ...], A: Tensor | None, rotary: RotaryTables, cache: TransMambaLayerCache, batch: int
@@ -217,49 +231,39 @@ class TransMambaMixer(nn.Module):
 
     def _scan(
         self,
-        y: Tensor,
-        tokens: list[Tensor | None],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor | None,
         A: Tensor | None,
-        chosen: ModeSelection,
+        rows: Sequence[int],
         cache: TransMambaLayerCache,
         batch: int,
+        *,
+        borders: Sequence[int] | None = None,
     ) -> Tensor:
+        """Go on from the states of these rows; tokens (rows, length, ...), or (1, tokens, ...) with their borders."""
+        assert dt is not None
         assert A is not None
         state = cache.state
-        if state is not None and len(chosen.documents) < batch:
-            state = state[torch.tensor(chosen.documents, device=state.device)]
-        if set(chosen.lengths) == {1} and state is not None:
-            q, k, v, dt = (x[chosen.flat_index] for x in tokens[:4] if x is not None)
-            out, state = ssd_step(state, q, k, v, dt, A, self.D, validate=False)
-        elif chosen.inside is None:
-            q, k, v, dt = (x[chosen.index] for x in tokens[:4] if x is not None)
-            out, state = ssd_scan(q, k, v, dt, A, self.D, initial_state=state, return_final_state=True, validate=False)
-            out = out.flatten(0, 1)
+        if state is not None and len(rows) < batch:
+            state = state[torch.tensor(rows, device=state.device)]
+        if borders is None and q.shape[1] == 1 and state is not None:
+            y, state = ssd_step(state, *(x[:, 0] for x in (q, k, v, dt)), A, self.D, validate=False)
+            y = y.unsqueeze(1)
         else:
-            q, k, v, dt = (x[None, chosen.flat_index] for x in tokens[:4] if x is not None)
-            out, state = ssd_scan(
-                q,
-                k,
-                v,
-                dt,
-                A,
-                self.D,
-                initial_state=state,
-                cu_seqlens=chosen.borders,
-                return_final_state=True,
-                validate=False,
+            y, state = ssd_scan(
+                q, k, v, dt, A, self.D, initial_state=state, cu_seqlens=borders, return_final_state=True, validate=False
             )
-            out = out[0]
-        cache.store_state(chosen.documents, state, batch)
-        return y.index_copy(0, chosen.flat_index, out)
+        cache.store_state(rows, state, batch)
+        return y
 
     def _finish(self, y: Tensor, hidden: Tensor, layout: TokenLayout) -> Tensor:
         """Gate the SSM's outputs, and normalise each mode by itself where mode_norm asks for it. y (batch, seq_len, width)."""
         c = self.config
         if not c.mode_norm and not (c.use_gate and c.has_ssm):
             return y
-        longest = max((past + new for past, new in zip(layout.pasts, layout.lengths, strict=True)), default=0)
-        if self.trans_point is None or self.trans_point >= longest:
+        if self.trans_point is None or self.trans_point >= layout.longest:
             return self._finish_attention(y)
         if all(past >= self.trans_point for past in layout.pasts):
             return self._finish_ssm(y, hidden)

@@ -109,8 +109,6 @@ def check_heads(op: str, q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor | No
             raise InputError(
                 f"{op}: {name} has {count} heads, which do not divide the {state} heads of the state; make it a divisor."
             )
-    if q is not None and heads % state:
-        raise InputError(f"{op}: q has {heads} heads, no multiple of the {state} heads of the state; make it one.")
     return HeadCounts(heads=heads, state=state)
 
 
@@ -126,6 +124,8 @@ def check_tensors(op: str, named: dict[str, Tensor], *, same_dtype: Sequence[str
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | Sequence[int], batch: int, seq_len: int) -> tuple[int, ...]:
     """Return the document borders as integers; raise unless they rise from 0 to seq_len in a batch of one."""
     borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
+    if any(isinstance(border, bool) or not isinstance(border, int) for border in borders):
+        raise InputError(f"{op}: cu_seqlens is {_short(borders)}; give whole numbers, one row of them.")
     if batch != 1:
         raise InputError(
             f"{op}: cu_seqlens describes one packed row, but the batch is {batch}; flatten it to (1, batch * seq_len)."

@@ -55,7 +55,7 @@ class ChunkGrid:
         padding = len(self.steps) * self.chunk_size - self.seq_len
         if padding:
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
-        return x.unflatten(1, (-1, self.chunk_size)).permute(1, 0, 3, 2, 4).flatten(0, 1)
+        return x.unflatten(1, (-1, self.chunk_size)).permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """(num_chunks, heads, chunk_size, dim) -> (batch, seq_len, heads, dim)."""
@@ -76,15 +76,15 @@ class ChunkGrid:
             state = state if order is None else state[order]
         repeats = state_shape[1] // decay.shape[1]
         decay = (decay if repeats == 1 else decay.repeat_interleave(repeats, dim=1))[..., None, None]
-        entering, finished, first = [], [state[self.steps[0] :]], 0
-        for step, count in enumerate(self.steps):
-            state = state[:count]
+        entering, finished = [], []
+        # Not slices: the gradient of each would be a whole tensor of zeros.
+        for added, factor in zip(gathered.split(self.steps), decay.split(self.steps), strict=True):
+            if len(added) < len(state):
+                state, ended = state.split((len(added), len(state) - len(added)))
+                finished.append(ended)
             entering.append(state)
-            state = torch.addcmul(gathered[first : first + count], state, decay[first : first + count])
-            first += count
-            following = self.steps[step + 1] if step + 1 < len(self.steps) else 0
-            if following < count:
-                finished.append(state[following:])
+            state = torch.addcmul(added, state, factor)
+        finished.append(state)
         final_state = torch.cat(finished[::-1]) if len(finished) > 1 else finished[0]
         if self.packed is not None:
             final_state = final_state[self.packed.rank]

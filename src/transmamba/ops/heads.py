@@ -49,11 +49,6 @@ def nested_heads(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return expand_heads(left, math.lcm(a, b), dim=1), right
 
 
-def multiply_heads_last(x: Tensor, per_head: Tensor) -> Tensor:
-    """x (..., heads, dim) times per_head (count,) in grouped-query order, in x's dtype."""
-    return x * expand_heads(per_head, x.shape[-2], dim=0).to(x.dtype)[:, None]
-
-
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64 inputs, fp32 for everything else: dt, decays, cumulative sums and states never live in 16 bits."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

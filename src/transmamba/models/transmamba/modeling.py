@@ -55,20 +55,15 @@ class TransMambaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        names = [
-            (f"{prefix}.{name}", p)
-            for prefix, child in module.named_children()
-            for name, p in child.named_parameters(recurse=False)
-        ]
-        names += [
-            (f".{name}", p) for name, p in module.named_parameters(recurse=False) if name in ("A_log", "dt_bias", "D")
-        ]
-        if isinstance(
-            module, TransMambaModel | TransMambaForCausalLM | TransMambaDecoderLayer | TransMambaMixer | GatedMLP
-        ):
-            table = initial_values(self.config)
-            for name, parameter in names:
-                apply_initial_value(parameter, find_initial_value(table, name), dt_init_floor=self.config.dt_init_floor)
+        """Draw the parameters that the module itself owns; transformers calls it once for each that owns some."""
+        if isinstance(module, LlamaRotaryEmbedding):  # its buffers are in no checkpoint: loading leaves them to this method
+            super()._init_weights(module)
+        made_by_resizing = "embed_tokens" if isinstance(module, nn.Embedding) else "lm_head"
+        name = next((name for name, other in self.named_modules() if other is module), made_by_resizing)
+        table = initial_values(self.config)
+        for ending, parameter in module.named_parameters(recurse=False):
+            row = find_initial_value(table, f"{name}.{ending}")
+            apply_initial_value(parameter, row, dt_init_floor=self.config.dt_init_floor)
 
 
 class TransMambaModel(TransMambaPreTrainedModel):
@@ -81,7 +76,7 @@ class TransMambaModel(TransMambaPreTrainedModel):
             [TransMambaDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = TransMambaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -193,20 +188,16 @@ class TransMambaModel(TransMambaPreTrainedModel):
 
     def _rotary(self, hidden: Tensor, layout: TokenLayout) -> RotaryTables:
         # fp32 tables, whatever the model's dtype: bf16 positions above 256 are not whole numbers.
-        wide = hidden.float()
-        cos, sin = self.rotary_emb(wide, layout.positions())
-        switching = [point for point in self.config.trans_points if point]
-        if self.config.ssm_rope or not any(layout.pasts) and layout.rectangular or not switching:
+        like = torch.zeros(1, device=hidden.device)
+        cos, sin = self.rotary_emb(like, layout.positions())
+        reach = 0 if self.config.ssm_rope else max((p for p in self.config.trans_points if p and layout.crosses(p)), default=0)
+        if not reach or self.config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
             return RotaryTables(cos, sin)
-        if self.config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
-            return RotaryTables(cos, sin)
-        reach = max((point for point in switching if point <= max(layout.pasts) + layout.seq_len), default=0)
-        past_cos, past_sin = self.rotary_emb(wide, torch.arange(reach, device=hidden.device)[None])
-        return RotaryTables(cos, sin, past_cos, past_sin)
+        return RotaryTables(cos, sin, *self.rotary_emb(like, torch.arange(reach, device=hidden.device)[None]))
 
     def _warn_of_untrained_modes(self, layout: TokenLayout) -> None:
         trained = self.config.max_position_embeddings
-        longest = max((past + new for past, new in zip(layout.pasts, layout.lengths, strict=True)), default=0)
+        longest = layout.longest
         if longest <= trained or self._warned_beyond:
             return
         untrained = [
@@ -278,6 +269,7 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -301,6 +293,17 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.make_cache()
+
+
+class TransMambaRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, with frequencies that stay fp32 when the model is cast: rounded to bf16, they are off by radians at position 1,000."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransMambaRotaryEmbedding":
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact.dtype:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
 
 class TransMambaDecoderLayer(GradientCheckpointingLayer):

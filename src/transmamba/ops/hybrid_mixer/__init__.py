@@ -7,7 +7,7 @@ from torch import Tensor
 
 from transmamba.errors import InputError
 from transmamba.ops.backends import resolve_backend
-from transmamba.ops.checks import check_cu_seqlens, check_ssd_inputs, check_trans_point
+from transmamba.ops.checks import check_cu_seqlens, check_ssd_inputs, check_tensors, check_trans_point
 
 from .reference import hybrid_mixer_reference
 from .torch import hybrid_mixer_torch
@@ -84,6 +84,9 @@ def hybrid_mixer(
     check_trans_point(op, trans_point)
     check_ssd_inputs(op, q, k, v, dt, A, D, validate=validate)
     if rotary is not None:
+        if len(rotary) != 2:
+            raise InputError(f"{op}: rotary has {len(rotary)} entries; give two, (cos, sin).")
+        check_tensors(op, {"q": q, "cos": rotary[0], "sin": rotary[1]})
         for name, x in zip(("cos", "sin"), rotary, strict=True):
             if (
                 x.dim() not in (2, 3)

@@ -42,9 +42,9 @@ def memory_converter(
 
     Source: TransMamba (arXiv 2503.24067), eq. 7 to 9, with the step sizes of eq. 8 kept.
     """
-    borders = None if cu_seqlens is None else check_cu_seqlens("memory_converter", cu_seqlens, k.shape[0], k.shape[1])
-    rows = None if borders is None else len(borders) - 1
+    rows = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_ssd_inputs("memory_converter", None, k, v, dt, A, state=initial_state, num_states=rows, validate=validate)
+    borders = None if cu_seqlens is None else check_cu_seqlens("memory_converter", cu_seqlens, k.shape[0], k.shape[1])
     name = resolve_backend("memory_converter", backend)
     implementation = memory_converter_reference if name == "reference" else memory_converter_torch
     return implementation(k, v, dt, A, initial_state=initial_state, cu_seqlens=borders)

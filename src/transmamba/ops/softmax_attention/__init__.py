@@ -47,7 +47,31 @@ def softmax_attention(
     if validate and values_are_checked(q):
         check_finite(op, {"q": q, "k": k, "v": v})
     borders = None if cu_seqlens is None else check_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
+    if borders is not None and (q.shape[1] != k.shape[1] or query_lengths is not None or key_lengths is not None):
+        raise InputError(
+            f"{op}: cu_seqlens describes packed documents, which have a key for every query; pass no lengths."
+        )
+    _check_lengths(op, q, k, query_lengths, key_lengths)
     implementation = (
         softmax_attention_reference if resolve_backend(op, backend) == "reference" else softmax_attention_torch
     )
     return implementation(q, k, v, cu_seqlens=borders, query_lengths=query_lengths, key_lengths=key_lengths)
+
+
+def _check_lengths(
+    op: str, q: Tensor, k: Tensor, query_lengths: Sequence[int] | None, key_lengths: Sequence[int] | None
+) -> None:
+    """Raise unless every row has 0 <= queries <= keys, and no more of either than the tensors hold."""
+    if query_lengths is None and key_lengths is None:
+        return
+    batch = q.shape[0]
+    queries = [q.shape[1]] * batch if query_lengths is None else list(query_lengths)
+    keys = [k.shape[1]] * batch if key_lengths is None else list(key_lengths)
+    if len(queries) != batch or len(keys) != batch:
+        raise InputError(f"{op}: {len(queries)} query_lengths and {len(keys)} key_lengths; give {batch}, one per row.")
+    for row, (n_queries, n_keys) in enumerate(zip(queries, keys, strict=True)):
+        if not (0 <= n_queries <= min(n_keys, q.shape[1]) and n_keys <= k.shape[1]):
+            raise InputError(
+                f"{op}: row {row} has {n_queries} queries and {n_keys} keys; "
+                f"give 0 <= queries <= keys, at most {q.shape[1]} queries and {k.shape[1]} keys."
+            )

@@ -82,9 +82,9 @@ def ssd_scan(
 
     Source: Dao & Gu 2024 (arXiv 2405.21060), sections 2 and 6; TransMamba (arXiv 2503.24067), eq. 4 and 5 with the state kept.
     """
-    borders = None if cu_seqlens is None else check_cu_seqlens("ssd_scan", cu_seqlens, k.shape[0], k.shape[1])
-    rows = None if borders is None else len(borders) - 1
+    rows = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_ssd_inputs("ssd_scan", q, k, v, dt, A, D, state=initial_state, num_states=rows, validate=validate)
+    borders = None if cu_seqlens is None else check_cu_seqlens("ssd_scan", cu_seqlens, k.shape[0], k.shape[1])
     implementation = ssd_scan_reference if resolve_backend("ssd_scan", backend) == "reference" else ssd_scan_torch
     y, state = implementation(q, k, v, dt, A, D, initial_state=initial_state, cu_seqlens=borders)
     return (y, state) if return_final_state else y

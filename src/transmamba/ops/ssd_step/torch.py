@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from transmamba.ops.heads import accumulation_dtype, head_matmul, head_multiply, multiply_heads_last
+from transmamba.ops.heads import accumulation_dtype, head_matmul, head_multiply
 
 
 def ssd_step_torch(
@@ -23,8 +23,6 @@ def ssd_step_torch(
 
 def add_skip(y: Tensor, v: Tensor, D: Tensor) -> Tensor:
     """y (..., heads, head_dim) + D v with v (..., v_heads, head_dim) in grouped-query order."""
-    if v.shape[-2] == y.shape[-2]:
-        return y + multiply_heads_last(v.to(y.dtype), D)
     groups = v.shape[-2]
-    per_group = D.to(y.dtype).view(groups, -1, 1) * v.to(y.dtype).unsqueeze(-2)
-    return y + per_group.flatten(-3, -2)
+    y_g = y.unflatten(-2, (groups, y.shape[-2] // groups))
+    return torch.addcmul(y_g, v.to(y.dtype).unsqueeze(-2), D.to(y.dtype).view(groups, -1, 1)).flatten(-3, -2)

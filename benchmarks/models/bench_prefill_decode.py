@@ -1,0 +1,212 @@
+"""Prefill of the Mamba-2 schedule beside transformers' Mamba-2 (torch path), and decoding of V9 beside the Transformer schedule.
+
+    python benchmarks/models/bench_prefill_decode.py
+
+Both models of the prefill have the same sizes (no MLP, one B and C per head, gated norm) and the same parameter count, up to the
+norm's grouping; weights are drawn. Runs alternate in one process; medians are printed and written with their provenance.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2Model
+
+from transmamba import TransMambaCache, TransMambaConfig, TransMambaModel, TransPointSchedule
+
+VOCAB_SIZE = 1024  # embeddings are looked up, and no logits are computed
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    result = {
+        "benchmark": "models/bench_prefill_decode",
+        "command": f"python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device_name(options.device),
+        "threads": torch.get_num_threads() if options.device == "cpu" else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "sizes": {"layers": options.layers, "hidden_size": options.hidden, "head_dim": options.head_dim},
+    }
+    with torch.inference_mode():
+        result["prefill"] = prefill(options)
+        if options.profile:
+            profile_prefill(options)
+        gc.collect()
+        result["decode"] = decode(options)
+    for part in ("prefill", "decode"):
+        print(json.dumps({part: result[part]}, indent=1))
+    if not options.no_write:
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"models_prefill_decode_{options.device}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {file}")
+
+
+def prefill(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a forward pass over options.tokens tokens, batch 1, without a cache."""
+    ours, theirs = our_mamba2(options), transformers_mamba2(options)
+    ids = torch.randint(VOCAB_SIZE, (1, options.tokens), device=options.device)
+    times = alternate(
+        {"transmamba": lambda: ours(ids, use_cache=False), "transformers": lambda: theirs(ids, use_cache=False)},
+        options.repeats,
+        options.device,
+    )
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "tokens": options.tokens,
+        "parameters": {"transmamba": count_parameters(ours), "transformers": count_parameters(theirs)},
+        "seconds": {name: [round(x, 4) for x in seconds] for name, seconds in times.items()},
+        "median_seconds": {name: round(x, 4) for name, x in median.items()},
+        "transmamba_over_transformers": round(median["transmamba"] / median["transformers"], 4),
+    }
+
+
+def decode(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per token at position options.position, batch 1, onto caches that a prefill has filled."""
+    schedules = {
+        "v9": TransPointSchedule.named("v9", options.layers, options.position).stays_attention_from(options.position),
+        "transformer": TransPointSchedule.named("transformer", options.layers),
+    }
+    model = TransMambaModel(
+        TransMambaConfig(**sizes(options), intermediate_size=8 * options.hidden // 3 // 64 * 64, trans_points="transformer")
+    )
+    model = model.to(options.device).eval()
+    ids = torch.randint(VOCAB_SIZE, (1, options.position), device=options.device)
+    new = ids[:, :1]
+    caches: dict[str, TransMambaCache] = {}
+    for name, schedule in schedules.items():
+        model.set_trans_points(schedule)
+        caches[name] = model(ids, use_cache=True).past_key_values
+
+    def step(name: str) -> Callable[[], Any]:
+        def run() -> None:
+            model.set_trans_points(schedules[name])
+            model(new, past_key_values=caches[name])
+
+        return run
+
+    times = alternate({name: step(name) for name in schedules}, options.steps, options.device)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "position": options.position,
+        "parameters": count_parameters(model),
+        "schedules": {name: schedule.to_list() for name, schedule in schedules.items()},
+        "cache_bytes": {name: cache.memory_bytes() for name, cache in caches.items()},
+        "median_seconds_per_token": {name: round(x, 5) for name, x in median.items()},
+        "v9_over_transformer": round(median["v9"] / median["transformer"], 4),
+    }
+
+
+def our_mamba2(options: argparse.Namespace) -> TransMambaModel:
+    config = TransMambaConfig(
+        **sizes(options), intermediate_size=0, mixer_form="standard", trans_points="mamba2", conv_kernel=4
+    )
+    return TransMambaModel(config).to(options.device).eval()
+
+
+def transformers_mamba2(options: argparse.Namespace) -> Mamba2Model:
+    heads = options.hidden // options.head_dim
+    config = Mamba2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        expand=1,
+        num_heads=heads,
+        head_dim=options.head_dim,
+        state_size=options.head_dim,
+        n_groups=heads,
+        chunk_size=options.their_chunk_size,
+    )
+    return Mamba2Model(config).to(options.device).eval()
+
+
+def sizes(options: argparse.Namespace) -> dict[str, int]:
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.hidden // options.head_dim,
+        "max_position_embeddings": 2 * max(options.position, options.tokens),
+    }
+
+
+def alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each run, one after the other in turn, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(repeats + 1):
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def profile_prefill(options: argparse.Namespace) -> None:
+    """Print what takes the time of our prefill."""
+    model = our_mamba2(options)
+    ids: Tensor = torch.randint(VOCAB_SIZE, (1, options.tokens), device=options.device)
+    model(ids, use_cache=False)
+    with torch.profiler.profile() as profile:
+        model(ids, use_cache=False)
+    print(profile.key_averages().table(sort_by=f"self_{options.device}_time_total", row_limit=14))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=4096, help="of the prefill")
+    parser.add_argument("--position", type=int, default=8192, help="of the decoded tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="decoded tokens")
+    parser.add_argument("--their-chunk-size", type=int, default=256, help="of transformers' scan; 256 is its default")
+    parser.add_argument("--profile", action="store_true", help="print what takes the time of our prefill")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

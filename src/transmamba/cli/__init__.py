@@ -1,0 +1,1 @@
+"""The command line: main.py finds the verb, and every verb is a file of its own."""

@@ -1,0 +1,289 @@
+"""transmamba doctor: what is installed, what it runs on, which backends it uses, and whether they compute right."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from importlib import metadata
+from typing import Annotated
+
+import torch
+import typer
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from transmamba._version import __version__
+from transmamba.errors import InputError, TransMambaError
+from transmamba.ops import (
+    causal_conv1d,
+    explain,
+    hybrid_mixer,
+    memory_converter,
+    softmax_attention,
+    ssd_scan,
+    ssd_step,
+)
+
+EXTRAS = {
+    "eval": "the lm-eval harness",
+    "peft": "LoRA adapters",
+    "tensorboard": "training logs that TensorBoard shows",
+    "triton": "GPU kernels",
+}
+
+
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Device to explain and check, such as cpu, cuda:1, mps. Default: the best here.")
+    ] = None,
+) -> None:
+    """Show versions, devices and backends, and check every op on this machine.
+
+    Exit code 1 when a requirement is not met or an op is wrong.
+    """
+    chosen = choose_device(device)
+    console = Console()
+    packages = installed_packages()
+    console.print(_table("Versions", ("package", "installed", "needed"), _version_rows(packages)))
+    console.print(_table("Devices", ("device", "what it is"), _device_rows()))
+    optional = list(_optional_rows(packages))
+    if optional:
+        console.print(_table("Optional packages", ("package", "installed", "for", "install"), optional))
+    choices = [(choice.op, choice.backend, choice.reason) for choice in explain(chosen.type)]
+    console.print(_table(f"Backends on {chosen.type}", ("op", "backend", "why"), choices))
+    with console.status("Checking the ops against their references"):
+        checks = check_ops(chosen)
+    title = f"Largest relative error against the reference, on {chosen}"
+    console.print(_table(title, ("op", "values", "gradients", "bound", ""), _check_rows(checks)))
+
+    wrong = [f"{package.name} {package.needed}" for package in packages if not package.extra and not package.satisfied]
+    wrong += [f"{check.op} on {chosen}" for check in checks if not check.passed]
+    if wrong:
+        console.print(f"[bold red]Not healthy:[/] {', '.join(wrong)}")
+        raise typer.Exit(1)
+    console.print("[bold green]Healthy[/]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package that transmamba needs, or can use when `extra` is not empty."""
+
+    name: str
+    installed: str | None
+    needed: str
+    extra: str
+    satisfied: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCheck:
+    """An op's largest relative RMS error over outputs and over gradients; failure: why it could not run."""
+
+    op: str
+    values: float
+    gradients: float
+    bound: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.values <= self.bound and self.gradients <= self.bound  # NaN does not pass
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best one here; raise InputError where this machine lacks it."""
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here.insert(0, "mps")
+    if torch.cuda.is_available():
+        here.insert(0, "cuda")
+    try:
+        device = torch.device(name or here[0])
+    except RuntimeError as error:  # the only type torch raises for a name it does not know
+        raise InputError(f"device {name!r} is not known; this machine has {', '.join(here)}.") from error
+    if device.type not in here:
+        raise InputError(f"device {name!r} is not available; this machine has {', '.join(here)}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is beyond the {torch.cuda.device_count()} CUDA devices here, from cuda:0 on."
+        )
+    return device
+
+
+def installed_packages() -> list[Package]:
+    """Return what transmamba's own metadata asks for, against what is installed; development tools left out."""
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("transmamba") or []]
+    except metadata.PackageNotFoundError:  # run from a source folder: the ranges are not known, the versions are
+        requirements = [Requirement(name) for name in ("torch", "transformers")]
+    packages = []
+    for requirement in requirements:
+        for extra in ("", *EXTRAS):
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            if applies:
+                packages.append(_package(requirement, extra))
+                break  # a core requirement applies under every extra; it is listed once
+    return packages
+
+
+def check_ops(device: torch.device) -> list[OpCheck]:
+    """Run every op on the device with its own backend, and compare values and gradients with the reference there."""
+    return [_check_op(choice.op, device) for choice in explain(device.type)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Small grouped inputs: 2 rows, 4 query heads on 2 key heads, longer than a chunk and not a multiple of one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dt: Tensor
+    A: Tensor
+    D: Tensor
+    state: Tensor
+    weight: Tensor
+    angles: Tensor
+
+    @classmethod
+    def draw(cls, device: torch.device, dtype: torch.dtype) -> "_Sample":
+        batch, seq_len, heads, kv_heads, state_size, head_dim = 2, 157, 4, 2, 16, 8
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        tensors = {
+            "q": normal(batch, seq_len, heads, state_size),
+            "k": normal(batch, seq_len, kv_heads, state_size),
+            "v": normal(batch, seq_len, kv_heads, head_dim),
+            "dt": torch.nn.functional.softplus(normal(batch, seq_len, heads) - 2),
+            "A": -1 - normal(heads).abs(),
+            "D": normal(heads),
+            "state": normal(batch, heads, state_size, head_dim),
+            "weight": normal(kv_heads * head_dim, 4),
+            "angles": normal(seq_len, state_size),
+        }
+        return cls(**{name: x.to(device, dtype).requires_grad_(name != "angles") for name, x in tensors.items()})
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        return self.angles.cos(), self.angles.sin()
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (getattr(self, field.name) for field in fields(self)) if x.requires_grad]
+
+
+# Each calls an op with everything optional present, on the backend asked for.
+_CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] = {
+    "causal_conv1d": lambda s, backend: causal_conv1d(
+        s.v.flatten(2), s.weight, s.weight[:, 0], activation="silu", return_final_state=True, backend=backend
+    ),
+    "hybrid_mixer": lambda s, backend: hybrid_mixer(
+        s.q, s.k, s.v, s.dt, s.A, s.D, trans_point=71, rotary=s.rotary, return_final_state=True, backend=backend
+    ),
+    "memory_converter": lambda s, backend: memory_converter(
+        s.k, s.v, s.dt, s.A, initial_state=s.state, backend=backend
+    ),
+    "softmax_attention": lambda s, backend: softmax_attention(s.q, s.k, s.v, backend=backend),
+    "ssd_scan": lambda s, backend: ssd_scan(
+        s.q, s.k, s.v, s.dt, s.A, s.D, initial_state=s.state, return_final_state=True, backend=backend
+    ),
+    "ssd_step": lambda s, backend: ssd_step(
+        s.state, s.q[:, 0], s.k[:, 0], s.v[:, 0], s.dt[:, 0], s.A, s.D, backend=backend
+    ),
+}
+
+
+def _check_op(op: str, device: torch.device) -> OpCheck:
+    # The bounds are the ones that the tests hold the ops to. MPS has no fp64.
+    dtype, bound = (torch.float32, 1e-5) if device.type == "mps" else (torch.float64, 1e-10)
+    sample = _Sample.draw(device, dtype)
+    try:
+        values, gradients = _values_and_gradients(op, sample, None)
+        exact_values, exact_gradients = _values_and_gradients(op, sample, "reference")
+    except (RuntimeError, TransMambaError) as error:
+        return OpCheck(op=op, values=float("nan"), gradients=float("nan"), bound=bound, failure=str(error))
+    return OpCheck(
+        op=op,
+        values=_largest_error(values, exact_values),
+        gradients=_largest_error(gradients, exact_gradients),
+        bound=bound,
+    )
+
+
+def _values_and_gradients(op: str, sample: _Sample, backend: str | None) -> tuple[list[Tensor], list[Tensor]]:
+    result = _CALLS[op](sample, backend)
+    outputs = result if isinstance(result, tuple) else (result,)
+    loss = torch.stack([x.square().sum() for x in outputs]).sum()
+    gradients = torch.autograd.grad(loss, sample.leaves(), allow_unused=True)
+    return [x.detach() for x in outputs], [x for x in gradients if x is not None]
+
+
+def _largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    ratios = [(a - e).norm() / e.norm() for a, e in zip(actual, exact, strict=True)]
+    return torch.stack(ratios).max().item()  # max keeps NaN
+
+
+def _package(requirement: Requirement, extra: str) -> Package:
+    try:
+        installed = torch.__version__ if requirement.name == "torch" else metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        installed = None
+    return Package(
+        name=requirement.name,
+        installed=installed,
+        needed=str(requirement.specifier),
+        extra=extra,
+        satisfied=installed is not None and requirement.specifier.contains(installed, prereleases=True),
+    )
+
+
+def _version_rows(packages: list[Package]) -> Iterable[tuple[str, ...]]:
+    yield "python", platform.python_version(), ""
+    yield "transmamba", __version__, ""
+    for package in packages:
+        if not package.extra:
+            mark = "" if package.satisfied else "[bold red]"
+            yield package.name, mark + (package.installed or "absent"), package.needed
+
+
+def _optional_rows(packages: list[Package]) -> Iterable[tuple[str, ...]]:
+    for package in packages:
+        if package.extra:
+            install = "" if package.satisfied else escape(f"pip install 'transmamba[{package.extra}]'")
+            yield package.name, package.installed or "absent", EXTRAS[package.extra], install
+
+
+def _device_rows() -> Iterable[tuple[str, str]]:
+    threads = f"{os.cpu_count()} logical cores, torch threads: {torch.get_num_threads()}"
+    yield "cpu", f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads}{_cpu_memory()}"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory = f"{card.total_memory / 2**30:.0f} GiB memory"
+        yield f"cuda:{index}", f"{card.name}, compute capability {card.major}.{card.minor}, {memory}"
+    if torch.backends.mps.is_available():
+        yield "mps", f"Apple GPU, {torch.mps.recommended_max_memory() / 2**30:.0f} GiB memory"
+
+
+def _cpu_memory() -> str:
+    if sys.platform == "win32":  # no sysconf there
+        return ""
+    return f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB memory"
+
+
+def _check_rows(checks: list[OpCheck]) -> Iterable[tuple[str, ...]]:
+    for check in checks:
+        verdict = "[green]ok" if check.passed else f"[bold red]{escape(check.failure) or 'wrong'}"
+        yield check.op, f"{check.values:.1e}", f"{check.gradients:.1e}", f"{check.bound:.0e}", verdict
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(*columns, title=title, title_justify="left", title_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table

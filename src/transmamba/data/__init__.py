@@ -1,0 +1,26 @@
+"""Data: documents out of any text source, tokenizers, and packing into windows.
+
+    documents = load_documents(TextSource(source="builtin:python-docs"))
+    tokenizer = load_tokenizer("train:2048", documents.train)
+    dataset = pack_documents(documents.train, tokenizer, seq_len=512)
+
+An item of the data set is what the model's `forward` takes: input_ids, labels and position_ids.
+"""
+
+from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
+from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
+from transmamba.data.text import Documents, TextSource, load_documents
+from transmamba.data.tokenizers import load_tokenizer, token_byte_lengths
+
+__all__ = [
+    "BUILTIN_CORPORA",
+    "IGNORE_INDEX",
+    "Documents",
+    "PackedDataset",
+    "TextSource",
+    "load_builtin",
+    "load_documents",
+    "load_tokenizer",
+    "pack_documents",
+    "token_byte_lengths",
+]

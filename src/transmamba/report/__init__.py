@@ -1,0 +1,32 @@
+"""What a run looks like to people: figures, and pages that are one file each."""
+
+from transmamba.report.figures import (
+    cache_figure,
+    loss_by_position,
+    loss_curves,
+    model_colours,
+    schedule_figure,
+    schedules_figure,
+    throughput_figure,
+)
+from transmamba.report.html import Mark, Page
+from transmamba.report.quickstart import CrossedSample, ModelRun, QuickstartReport
+from transmamba.report.units import format_bytes, format_count, format_seconds
+
+__all__ = [
+    "CrossedSample",
+    "Mark",
+    "ModelRun",
+    "Page",
+    "QuickstartReport",
+    "cache_figure",
+    "format_bytes",
+    "format_count",
+    "format_seconds",
+    "loss_by_position",
+    "loss_curves",
+    "model_colours",
+    "schedule_figure",
+    "schedules_figure",
+    "throughput_figure",
+]

@@ -1,0 +1,213 @@
+"""The Trainer: transformers' own, with the loss and the evaluation handed in, and checkpoints that survive a crash.
+
+Pretraining, fine-tuning and distillation are this Trainer with three loss functions; a distillation loss closes over
+its teacher. What differs from transformers.Trainer:
+    a step whose loss is not finite ends the run and is named; weights that are not finite are never saved;
+    a checkpoint counts once it is complete (see `checkpoints`), and only then do older ones go;
+    weight decay acts on matrices: projections, embeddings and convolutions. Norms, biases, A_log, dt_bias and D, all of
+    one dimension, are left alone, as in Mamba-2: decay would pull A to -1, dt to softplus(0) and norms to 0.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from transmamba.errors import CheckpointError, InputError, RecipeError
+from transmamba.training.checkpoints import last_complete_checkpoint, mark_complete, remove_older_checkpoints
+
+__all__ = [
+    "Batch",
+    "EvaluateFunction",
+    "LossFunction",
+    "TransMambaTrainer",
+    "causal_lm_loss",
+    "decayed_parameter_names",
+]
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Tensor | float]]]
+EvaluateFunction = Callable[[PreTrainedModel, Any], Mapping[str, float]]
+
+TRAINING_ARGUMENTS = "training_args.bin"  # a pickle that transformers adds and nobody reads
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    """The model's own next-token loss: the sum over the batch divided by `num_items_in_batch`, in nats."""
+    return model(**batch, use_cache=False).loss, {}
+
+
+class TransMambaTrainer(Trainer):
+    """Train with `loss_fn(model, batch) -> (loss, metrics)`.
+
+    loss_fn: the batch holds the tensors of the data set and `num_items_in_batch`, the number of predicted tokens in all
+        micro-batches of the step, on all devices. The loss is the sum over the micro-batch divided by that number, so
+        that accumulating over micro-batches gives the gradient of the whole. metrics are logged beside the loss, as
+        means over micro-batches.
+    evaluate_fn: (model, eval_dataset) -> numbers, logged with "eval_" in front.
+    keep_checkpoints: how many complete checkpoints stay.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[dict[str, Tensor]],
+        eval_dataset: Dataset[dict[str, Tensor]] | None = None,
+        loss_fn: LossFunction = causal_lm_loss,
+        evaluate_fn: EvaluateFunction | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        keep_checkpoints: int = 2,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        if keep_checkpoints < 1:
+            raise RecipeError(f"keep_checkpoints={keep_checkpoints} must be at least 1.")
+        # Several GPUs in sight of one process would make a DataParallel, which cannot cut packed windows; torchrun can.
+        args._n_gpu = min(1, args.n_gpu)
+        args.logging_nan_inf_filter = False  # it would replace a loss that is not finite by an average
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=data_collator or stack,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # count num_items_in_batch, and do not divide the loss again
+        self.loss_fn = loss_fn
+        self.evaluate_fn = evaluate_fn
+        self.keep_checkpoints = keep_checkpoints
+        self._first_bad_step = torch.tensor(-1, device=args.device)
+        self._metric_sums: dict[str, Tensor] = {}
+        self._metric_count = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        assert not return_outputs, "evaluate_fn evaluates"
+        step = self.state.global_step + 1
+        try:
+            loss, metrics = self.loss_fn(model, {**inputs, "num_items_in_batch": num_items_in_batch})
+        except InputError as error:
+            raise RecipeError(
+                f"Step {step}: {error} If the values grew from step to step: {self._way_out()}"
+            ) from error
+        bad = (self._first_bad_step < 0) & ~torch.isfinite(loss.detach())
+        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
+        if (
+            loss.device.type == "cpu"
+        ):  # elsewhere reading it would stall the queue; there it is read when logging or saving
+            self._check_finite()
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, device=loss.device).detach()
+            self._metric_sums[name] = self._metric_sums[name] + value if name in self._metric_sums else value
+        self._metric_count += 1
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the loss function's metrics since the last time."""
+        self._check_finite()
+        if "loss" in logs and self._metric_count:
+            logs |= {name: float(total) / self._metric_count for name, total in self._metric_sums.items()}
+            self._metric_sums, self._metric_count = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Call evaluate_fn on the evaluation data and log what it returns."""
+        self._check_finite()
+        if self.evaluate_fn is None:
+            raise RecipeError("This Trainer has no evaluate_fn; pass one, or do not ask for evaluation.")
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        measured = self.evaluate_fn(self.accelerator.unwrap_model(self.model), dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that weight decay acts on."""
+        return decayed_parameter_names(model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._check_weights(folder)
+        if self.args.should_save and folder.exists():  # left by a process that was killed while it wrote
+            shutil.rmtree(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (folder / TRAINING_ARGUMENTS).unlink(missing_ok=True)
+                mark_complete(folder)
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # torch and safetensors wrap OSError
+            raise self._not_saved(folder, error) from error
+        if self.args.should_save:
+            remove_older_checkpoints(folder.parent, keep=self.keep_checkpoints)
+
+    def _not_saved(self, folder: Path, error: Exception) -> CheckpointError:
+        shutil.rmtree(folder, ignore_errors=True)
+        last = last_complete_checkpoint(folder.parent)
+        kept = f"{last} is whole; resume from it" if last else "there is no earlier one"
+        reason = " ".join(str(error).split())
+        return CheckpointError(
+            f"{folder} could not be written ({reason}) and has been removed; {kept} once there is room on the disk."
+        )
+
+    def _check_finite(self) -> None:
+        step = int(self._first_bad_step)
+        if step >= 0:
+            raise RecipeError(f"The loss is not finite at step {step}. {self._way_out()}")
+
+    def _check_weights(self, folder: Path) -> None:
+        bad = [name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        if bad:
+            raise RecipeError(
+                f"After step {self.state.global_step}, {len(bad)} parameters are not finite, {bad[0]} among them, so "
+                f"{folder} is not written. {self._way_out()}"
+            )
+
+    def _way_out(self) -> str:
+        last = last_complete_checkpoint(self.args.output_dir)
+        rest = f" The last complete checkpoint is {last}." if last else ""
+        return f"Try a learning_rate below {self.args.learning_rate:g}, or more warmup_steps.{rest}"
+
+
+def decayed_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters with two dimensions or more: projections, embeddings and convolutions."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+
+
+def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack items of equal shapes."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
