@@ -2,8 +2,8 @@
 #
 #   make test PYTHON=python3.12       another Python, 3.11 or later
 #   make test VENV=.venv-3.12         another environment, beside the first
-#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#                                     torch without CUDA, a tenth of the download on Linux
+#   make quickstart TORCH_INDEX=URL   an index of torch builds for CPUs, as pytorch.org names one:
+#                                     a tenth of the download on Linux
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,9 +1,10 @@
-"""Prefill of the Mamba-2 schedule beside transformers' Mamba-2 (torch path), and decoding of V9 beside the Transformer schedule.
+"""Prefill of the Mamba-2 schedule beside transformers' Mamba-2 (torch path); decoding of V9 beside the Transformer schedule.
 
     python benchmarks/models/bench_prefill_decode.py
 
-Both models of the prefill have the same sizes (no MLP, one B and C per head, gated norm) and the same parameter count, up to the
-norm's grouping; weights are drawn. Runs alternate in one process; medians are printed and written with their provenance.
+Both models of the prefill have the same sizes (no MLP, one B and C per head, gated norm) and the same parameter count; they
+differ in the norm, which transformers applies to each group. Weights are drawn. Runs alternate in one process; medians are
+printed and written with their provenance.
 """
 
 import argparse
@@ -88,7 +89,9 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         "transformer": TransPointSchedule.named("transformer", options.layers),
     }
     model = TransMambaModel(
-        TransMambaConfig(**sizes(options), intermediate_size=8 * options.hidden // 3 // 64 * 64, trans_points="transformer")
+        TransMambaConfig(
+            **sizes(options), intermediate_size=8 * options.hidden // 3 // 64 * 64, trans_points="transformer"
+        )
     )
     model = model.to(options.device).eval()
     ids = torch.randint(VOCAB_SIZE, (1, options.position), device=options.device)
@@ -184,7 +187,9 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

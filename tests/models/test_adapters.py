@@ -45,7 +45,9 @@ def test_lora_trains_its_factors_only(target: str) -> None:
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer:UserWarning")
 def test_lora_on_the_convolution_changes_the_output() -> None:
     ids = tokens(2, 12)
-    model = adapted("conv1d", r=64)  # PEFT wants a multiple of the groups, which are the channels; it does not merge these
+    model = adapted(
+        "conv1d", r=64
+    )  # PEFT wants a multiple of the groups, which are the channels; it does not merge these
     changed = model(ids, use_cache=False).logits
     assert relative_rms_error(changed, tiny_model(torch.float64)(ids).logits) > 1e-3
     cache = model.make_cache()

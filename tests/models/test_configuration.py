@@ -24,7 +24,9 @@ def test_config_is_the_same_after_a_round_trip(tmp_path: Path, trans_points: lis
         assert isinstance(loaded, TransMambaConfig)
         assert loaded.trans_points == trans_points
         # transformers writes its version and the dtype on saving
-        assert loaded.to_diff_dict() | {"transformers_version": None} == config.to_diff_dict() | {"transformers_version": None}
+        assert loaded.to_diff_dict() | {"transformers_version": None} == config.to_diff_dict() | {
+            "transformers_version": None
+        }
 
 
 def test_a_schedule_may_be_a_schedule_a_list_or_a_name() -> None:

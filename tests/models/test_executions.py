@@ -92,7 +92,7 @@ def chunks(model: Model, docs: list[Tensor], *, sizes: Sequence[int]) -> list[Te
 
 
 def rows_that_go_on_unevenly(model: Model, docs: list[Tensor]) -> list[Tensor]:
-    """A right padded batch of first halves, then one of second halves: every row stands elsewhere and brings another length."""
+    """A right padded batch of first halves, then one of second halves: rows stand apart and bring different lengths."""
     cache = model.make_cache()
     halves = [[doc[: (len(doc) + 1) // 2] for doc in docs], [doc[(len(doc) + 1) // 2 :] for doc in docs]]
     seen, outputs = torch.zeros(len(docs), 0, dtype=torch.int64, device=DEVICE), []
@@ -240,7 +240,9 @@ def test_faults_of_the_hand_over_are_seen(monkeypatch: pytest.MonkeyPatch, fault
         monkeypatch.setattr(mixer, "undo_rotary", lambda keys, cos, sin: keys)
     elif fault == "dt is dropped":
         monkeypatch.setattr(
-            mixer, "memory_converter", lambda k, v, dt, A, **rest: convert(k, v / dt.mean(), torch.ones_like(dt) * dt.mean(), A)
+            mixer,
+            "memory_converter",
+            lambda k, v, dt, A, **rest: convert(k, v / dt.mean(), torch.ones_like(dt) * dt.mean(), A),
         )
     else:
         monkeypatch.setattr(mixer, "memory_converter", lambda k, v, dt, A, **rest: convert(k, v, dt.roll(1, 1), A))
@@ -250,7 +252,9 @@ def test_faults_of_the_hand_over_are_seen(monkeypatch: pytest.MonkeyPatch, fault
 def test_a_lost_past_of_the_convolution_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, docs = tiny_model(torch.float64).requires_grad_(False), documents(*LENGTHS)
     exact = alone(model, docs)
-    monkeypatch.setattr(TransMambaLayerCache, "conv", property(lambda self: None, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        TransMambaLayerCache, "conv", property(lambda self: None, lambda self, value: None), raising=False
+    )
     assert worst_error(chunks(model, docs, sizes=[3]), exact) > 1e-3
 
 

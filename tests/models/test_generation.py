@@ -1,4 +1,4 @@
-"""Generation: what is generated is the argmax (or draw) of the full forward pass, however it is batched, cached or searched."""
+"""Generation: every token is the argmax (or draw) of the full forward pass, however batched, cached or searched."""
 
 from typing import Any
 

@@ -37,9 +37,7 @@ def test_ssd_scan_agrees_with_the_chunked_scan_of_transformers(groups: int, seq_
     state = torch.randn(2, heads, state_size, head_dim) if with_state else None
     y, final = ssd_scan(q, k, v, dt, A, D, initial_state=state, return_final_state=True)
     their_state = None if state is None else state.transpose(-1, -2)
-    theirs, their_final = chunk_scan()(
-        v, dt, A, k, q, 32, D=D, initial_states=their_state, return_final_states=True
-    )
+    theirs, their_final = chunk_scan()(v, dt, A, k, q, 32, D=D, initial_states=their_state, return_final_states=True)
     assert relative_rms_error(y, theirs) < FP32
     assert relative_rms_error(final, their_final.transpose(-1, -2)) < FP32
 

@@ -1,4 +1,4 @@
-"""The oracle: a layer is attention before its TransPoint and the state space from it on, value for value and gradient for gradient."""
+"""The oracle: a layer is attention before its TransPoint and the SSM from it on, in every value and every gradient."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -96,9 +96,7 @@ def oracle_error(mixer: TransMambaMixer, run: Callable[..., Tensor], trans_point
     assert relative_rms_error(outputs[None], outputs[0]) > 1e-1
     weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5)).to(y.device)
     parameters = dict(mixer.named_parameters())
-    found, exact = (
-        torch.autograd.grad((weights * output).sum(), list(parameters.values())) for output in (y, oracle)
-    )
+    found, exact = (torch.autograd.grad((weights * output).sum(), list(parameters.values())) for output in (y, oracle))
     assert all(gradient.any() for gradient in exact)
     return max(relative_rms_error(a, b) for a, b in [(y, oracle), *zip(found, exact, strict=True)])
 

@@ -102,16 +102,17 @@ def gradients(op: Callable[..., Any], inputs: Inputs, **options: Any) -> list[Te
 
 
 def fp32_bound(inputs: Inputs, *, chunk: int = CHUNK) -> float:
-    """u sqrt(additions) (1 + 2 S): rounding errors are random (Higham & Mary 2019), u = 2^-24.
+    """u (sqrt(additions) + 2 S sqrt(chunk)): rounding errors are random (Higham & Mary 2019), u = 2^-24.
 
-    An output is a sum over the state, the tokens of a chunk and the chunks. An exponent is the difference of two running
-    sums whose largest size within a chunk is S, and an absolute error of an exponent is a relative one of the decay.
+    An output is a sum over the state, the tokens of a chunk and the chunks. An exponent is the difference of two sums
+    over at most a chunk, of size S at most, and an absolute error of an exponent is a relative one of the decay.
     """
     seq_len = max(1, inputs["k"].shape[1])
-    additions = inputs["k"].shape[-1] + min(chunk, seq_len) + seq_len / chunk
-    log_decay = (inputs["dt"].double() * inputs["A"].double()).abs()
-    largest = log_decay.amax().item() * min(chunk, seq_len) if log_decay.numel() else 0.0
-    return 2**-24 * additions**0.5 * (1 + 2 * largest)
+    window = min(chunk, seq_len)
+    additions = inputs["k"].shape[-1] + window + seq_len / chunk
+    log_decay = (inputs["dt"].detach().double() * inputs["A"].detach().double()).abs()
+    largest = log_decay.unfold(1, window, 1).sum(-1).amax().item() if log_decay.numel() else 0.0
+    return 2**-24 * (additions**0.5 + 2 * largest * window**0.5)
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -205,7 +205,7 @@ def test_the_state_would_show_a_wrong_recurrence(fault: str) -> None:
 
 
 def long_inputs(seq_len: int) -> dict[str, Tensor]:
-    """Decay of e^-1 per token over the whole row, so that S grows to seq_len; memory of about 1, 100 and 10,000 tokens."""
+    """S grows to -seq_len over the row in the first head; the heads remember about 1, 100 and 10,000 tokens."""
     inputs = ssd_inputs((3, 3, 3, 3), batch=1, seq_len=seq_len, state=False, dtype=torch.float32)
     rates = torch.tensor([-1.0, -0.01, -0.0001], device=DEVICE)
     return inputs | {"dt": torch.rand_like(inputs["dt"]) + 0.5, "A": rates}
@@ -227,7 +227,7 @@ def test_the_long_bound_would_show_one_running_sum_over_the_row() -> None:
     S = (dt * A).cumsum(1)
     naive = torch.einsum("bth,bthn,bthp->bhnp", dt * torch.exp(S[:, -1:] - S), k, v)
     _, exact = scan(**in_double(inputs))
-    assert relative_rms_error(naive[:, 0], exact[:, 0]) > 2 * fp32_bound(inputs)
+    assert relative_rms_error(naive[:, 0], exact[:, 0]) > 5 * fp32_bound(inputs)
 
 
 def test_a_reset_token_forgets_and_does_not_overflow() -> None:

@@ -190,7 +190,8 @@ class TransMambaModel(TransMambaPreTrainedModel):
         # fp32 tables, whatever the model's dtype: bf16 positions above 256 are not whole numbers.
         like = torch.zeros(1, device=hidden.device)
         cos, sin = self.rotary_emb(like, layout.positions())
-        reach = 0 if self.config.ssm_rope else max((p for p in self.config.trans_points if p and layout.crosses(p)), default=0)
+        crossed = [p for p in self.config.trans_points if p and layout.crosses(p)]
+        reach = 0 if self.config.ssm_rope else max([0, *crossed])  # torch.compile cannot trace max's default
         if not reach or self.config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
             return RotaryTables(cos, sin)
         return RotaryTables(cos, sin, *self.rotary_emb(like, torch.arange(reach, device=hidden.device)[None]))
