@@ -94,7 +94,10 @@ def cut(name: str) -> Callable[[Path], None]:
         (cut("tokenizer.json"), r"tokenizer\.json is truncated or not JSON"),
         (lambda model: (model / "tokenizer.json").unlink(), r"has no tokenizer\.json; save the tokenizer"),
         (lambda model: LlamaConfig().save_pretrained(model), """a model of type 'llama', not "transmamba" """[:-1]),
-        (change_config(hidden_size=32, head_dim=16), r"embed_tokens\.weight has shape \(257, 16\) and should have \(257, 32\)"),
+        (
+            change_config(hidden_size=32, head_dim=16),
+            r"embed_tokens\.weight has shape \(257, 16\) and should have \(257, 32\)",
+        ),
         (change_config(num_hidden_layers=3, trans_points=[0, 8, None]), r"tensors are missing, model\.layers\.2"),
         (change_config(num_hidden_layers=1, trans_points=[0]), r"model\.layers\.1\S+ is unknown"),
         (change_config(trans_points=[0, 8, 9]), r"config\.json does not describe a model"),
@@ -108,12 +111,12 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, damage: Callable[[Pat
 
 
 def test_paths_that_are_no_models_are_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no .*absent.*Give a folder that transmamba wrote"):
+    with pytest.raises(CheckpointError, match=r"There is no .*absent.*Give a folder that transmamba wrote"):
         load_checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
         load_checkpoint(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="there is no config.json"):
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
         load_checkpoint(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a run that has not come to its end"):

@@ -228,6 +228,15 @@ def test_nothing_in_gives_nothing_out(model: Model, shape: tuple[int, int]) -> N
     assert model(ids, use_cache=True).logits.shape == (*shape, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("past", [0, 5, 9])
+def test_an_empty_call_leaves_the_cache_as_it_is(past: int) -> None:
+    model, ids = tiny_model(torch.float64).requires_grad_(False), tokens(2, 14)
+    cache = model.make_cache()
+    for start, end in ((0, past), (past, past), (past, 10), (10, 14)):
+        logits = model(ids[:, start:end], past_key_values=cache).logits
+    assert relative_rms_error(logits, model(ids, use_cache=False).logits[:, 10:]) < 1e-10
+
+
 def test_a_row_of_padding_only_is_left_out(model: Model) -> None:
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64, device=DEVICE)
     mask[1] = 0

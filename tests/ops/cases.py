@@ -76,6 +76,13 @@ def ssd_inputs(
     return {name: None if x is None else x.to(device, dtype).requires_grad_(requires_grad) for name, x in exact.items()}
 
 
+def long_inputs(seq_len: int) -> Inputs:
+    """In fp32. S falls to -seq_len over the row in the first head; the heads remember 1, 100 and 10,000 tokens."""
+    inputs = ssd_inputs((3, 3, 3, 3), batch=1, seq_len=seq_len, state=False, dtype=torch.float32)
+    rates = torch.tensor([-1.0, -0.01, -0.0001], device=inputs["dt"].device)
+    return inputs | {"dt": torch.rand_like(inputs["dt"]) + 0.5, "A": rates}
+
+
 def without(inputs: Inputs, *names: str) -> Inputs:
     return {name: x for name, x in inputs.items() if name not in names}
 

@@ -5,8 +5,8 @@ SSM:         y_t = exp(S_t) q_t^T h_0 + sum_{j<=t} exp(S_t - S_j) dt_j (q_t . k_
              with S_t = sum_{i<=t} dt_i A
 Hybrid:      where(t < P, attention, SSM), positions counted within the document.
 
-A fault is a name out of FAULTS or HAND_OVER_FAULTS. The first break the SSM everywhere. The second break only what the
-Memory Converter puts into the state, so they show after a TransPoint and nowhere else.
+FAULTS break the SSM everywhere, ATTENTION_FAULTS the attention. HAND_OVER_FAULTS break only what the Memory Converter
+puts into the state, so they show after a TransPoint and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 FAULTS = ("no decay", "no dt", "index shifted", "no skip", "heads in turn")
+ATTENTION_FAULTS = ("no scale", "sees one ahead")
 HAND_OVER_FAULTS = ("converter without dt", "converter index shifted", "rotated keys in the state")
 
 

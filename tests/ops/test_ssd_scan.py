@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers import DEVICE, relative_rms_error
+from tests.helpers import relative_rms_error
 from tests.ops.cases import (
     BORDERS,
     CHUNK,
@@ -21,6 +21,7 @@ from tests.ops.cases import (
     fp32_bound,
     gradients,
     in_double,
+    long_inputs,
     rounding,
     ssd_inputs,
     worst_error,
@@ -202,13 +203,6 @@ def test_the_state_would_show_a_wrong_recurrence(fault: str) -> None:
     inputs = ssd_inputs(seq_len=3 * CHUNK + 5)
     exact, wrong = oracle_scan(**inputs), oracle_scan(**inputs, fault=fault)
     assert relative_rms_error(wrong[1], exact[1]) > FAULT_FACTOR * fp32_bound(inputs)
-
-
-def long_inputs(seq_len: int) -> dict[str, Tensor]:
-    """S grows to -seq_len over the row in the first head; the heads remember about 1, 100 and 10,000 tokens."""
-    inputs = ssd_inputs((3, 3, 3, 3), batch=1, seq_len=seq_len, state=False, dtype=torch.float32)
-    rates = torch.tensor([-1.0, -0.01, -0.0001], device=DEVICE)
-    return inputs | {"dt": torch.rand_like(inputs["dt"]) + 0.5, "A": rates}
 
 
 def test_long_sums_do_not_drift() -> None:

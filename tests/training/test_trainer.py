@@ -156,7 +156,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
     [
         ("_save_optimizer_and_scheduler", NO_SPACE),
         ("_save_rng_state", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
-        ("save_model", SafetensorError('I/O error: No space left on device (os error 28)')),
+        ("save_model", SafetensorError("I/O error: No space left on device (os error 28)")),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -154,6 +154,8 @@ class TransMambaMixer(nn.Module):
         layout: TokenLayout,
         cache: TransMambaLayerCache,
     ) -> Tensor:
+        if q.numel() == 0:
+            return q
         point, batch = self.trans_point, len(layout.lengths)
         rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
         if layout.uniform_past == 0 and point is not None and point < layout.seq_len:

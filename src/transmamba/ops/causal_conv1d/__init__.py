@@ -8,6 +8,7 @@ from torch import Tensor
 from transmamba.errors import InputError
 from transmamba.ops.backends import resolve_backend
 from transmamba.ops.checks import check_cu_seqlens, check_finite, check_tensors, values_are_checked
+from transmamba.ops.precision import outside_autocast
 
 from .reference import causal_conv1d_reference
 from .torch import causal_conv1d_torch, depthwise_valid
@@ -15,6 +16,7 @@ from .torch import causal_conv1d_torch, depthwise_valid
 __all__ = ["causal_conv1d", "causal_conv1d_reference", "causal_conv1d_torch", "depthwise_valid"]
 
 
+@outside_autocast
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

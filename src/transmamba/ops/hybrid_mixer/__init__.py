@@ -8,6 +8,7 @@ from torch import Tensor
 from transmamba.errors import InputError
 from transmamba.ops.backends import resolve_backend
 from transmamba.ops.checks import check_cu_seqlens, check_ssd_inputs, check_tensors, check_trans_point
+from transmamba.ops.precision import outside_autocast
 
 from .reference import hybrid_mixer_reference
 from .torch import hybrid_mixer_torch
@@ -47,6 +48,7 @@ def hybrid_mixer(
     validate: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@outside_autocast
 def hybrid_mixer(
     q: Tensor,
     k: Tensor,

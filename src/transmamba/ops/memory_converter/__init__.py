@@ -6,6 +6,7 @@ from torch import Tensor
 
 from transmamba.ops.backends import resolve_backend
 from transmamba.ops.checks import check_cu_seqlens, check_ssd_inputs
+from transmamba.ops.precision import outside_autocast
 
 from .reference import memory_converter_reference
 from .torch import memory_converter_torch
@@ -13,6 +14,7 @@ from .torch import memory_converter_torch
 __all__ = ["memory_converter", "memory_converter_reference", "memory_converter_torch"]
 
 
+@outside_autocast
 def memory_converter(
     k: Tensor,
     v: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from transmamba.ops.backends import resolve_backend
 from transmamba.ops.checks import check_cu_seqlens, check_ssd_inputs
+from transmamba.ops.precision import outside_autocast
 
 from .reference import ssd_scan_reference
 from .torch import ssd_scan_torch
@@ -44,6 +45,7 @@ def ssd_scan(
     validate: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@outside_autocast
 def ssd_scan(
     q: Tensor,
     k: Tensor,

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from transmamba.ops.backends import resolve_backend
 from transmamba.ops.checks import check_ssd_inputs
+from transmamba.ops.precision import outside_autocast
 
 from .reference import ssd_step_reference
 from .torch import ssd_step_torch
@@ -11,6 +12,7 @@ from .torch import ssd_step_torch
 __all__ = ["ssd_step", "ssd_step_reference", "ssd_step_torch"]
 
 
+@outside_autocast
 def ssd_step(
     state: Tensor,
     q: Tensor,

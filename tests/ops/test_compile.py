@@ -1,0 +1,73 @@
+"""The ops inside torch.compile: one graph, the same numbers. aot_eager needs no C compiler, which users may lack."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import CHUNK, FP64_BOUND, gradients, ssd_inputs, without, worst_error
+from transmamba.ops import causal_conv1d, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
+
+SEQ_LEN = 2 * CHUNK + 5
+
+
+@pytest.fixture(autouse=True)
+def forgets_compiled_code() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def scratch_is_nan() -> None:
+    """Scratch memory stays as it is here: the functions that fill it would be traced with the ops."""
+
+
+def step(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+    token = {name: inputs[name][:, 0] for name in ("q", "k", "v", "dt")}
+    return ssd_step(inputs["initial_state"], **token, A=inputs["A"], D=inputs["D"])
+
+
+def convolution(**inputs: Tensor) -> Tensor:
+    x = inputs["q"].flatten(2)
+    return causal_conv1d(x, inputs["k"][0, :4, 0].repeat(1, 4).T * inputs["D"].sum(), activation="silu")
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "ssd_scan": lambda **inputs: ssd_scan(**inputs, return_final_state=True),
+    "ssd_step": step,
+    "memory_converter": lambda **inputs: memory_converter(**without(inputs, "q", "D")),
+    "hybrid_mixer": lambda **inputs: hybrid_mixer(
+        **without(inputs, "initial_state"), trans_point=CHUNK + 1, return_final_state=True
+    ),
+    "softmax_attention": lambda **inputs: softmax_attention(inputs["q"], inputs["k"], inputs["v"]),
+    "causal_conv1d": convolution,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_op_equals_the_eager_one(name: str) -> None:
+    compiled = torch.compile(CALLS[name], backend="aot_eager", fullgraph=True)
+    inputs = ssd_inputs((4, 2, 2, 4), seq_len=SEQ_LEN, requires_grad=True)
+    assert worst_error(as_tuple(compiled(**inputs)), as_tuple(CALLS[name](**inputs))) < FP64_BOUND
+    assert worst_error(gradients(compiled, inputs), gradients(CALLS[name], inputs)) < FP64_BOUND
+
+
+def test_further_lengths_are_compiled_too() -> None:
+    compiled = torch.compile(CALLS["hybrid_mixer"], backend="aot_eager")
+    for seq_len in (CHUNK + 4, CHUNK):
+        inputs = ssd_inputs(seq_len=seq_len)
+        assert worst_error(compiled(**inputs), CALLS["hybrid_mixer"](**inputs)) < FP64_BOUND
+
+
+def test_bad_shapes_are_refused_while_compiling() -> None:
+    inputs = ssd_inputs()
+    compiled = torch.compile(CALLS["ssd_scan"], backend="aot_eager")
+    with pytest.raises(Exception, match="A has 3 heads and dt 4"):
+        compiled(**(inputs | {"A": inputs["A"][:3]}))
+
+
+def as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out

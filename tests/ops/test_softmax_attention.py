@@ -1,0 +1,160 @@
+"""softmax_attention against an explicit masked softmax: dense, with a past, packed and ragged."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import DEVICE, relative_rms_error
+from tests.ops.cases import BORDERS, FAULT_FACTOR, FP64_BOUND, Inputs, gradients, in_double, rounding, worst_error
+from tests.ops.oracle import ATTENTION_FAULTS, oracle_attention
+from transmamba.ops import softmax_attention
+from transmamba.ops.softmax_attention import softmax_attention_reference, softmax_attention_torch
+
+BACKENDS = ("reference", "torch")
+HEADS = {
+    "one head": (1, 1, 1),
+    "equal": (4, 4, 4),
+    "grouped-query": (8, 2, 2),
+    "multi-query": (4, 1, 1),
+    "few queries": (1, 1, 6),
+    "not nested": (2, 3, 6),
+    "keys and values differ": (4, 2, 4),
+}
+
+
+def attention_inputs(
+    heads: tuple[int, int, int] = (8, 2, 2),
+    *,
+    batch: int = 2,
+    queries: int = 9,
+    keys: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = DEVICE,
+) -> Inputs:
+    keys = queries if keys is None else keys
+    shapes = {"q": (batch, queries, heads[0], 6), "k": (batch, keys, heads[1], 6), "v": (batch, keys, heads[2], 5)}
+    return {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("past", [0, 1, 5])
+@pytest.mark.parametrize("queries", [1, 2, 3, 31])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_every_length_past_and_head_count_equals_the_matrix(
+    heads: tuple[int, int, int], queries: int, past: int
+) -> None:
+    inputs = attention_inputs(heads, queries=queries, keys=queries + past)
+    exact = oracle_attention(**inputs)
+    for backend in BACKENDS:
+        assert relative_rms_error(softmax_attention(**inputs, backend=backend), exact) < FP64_BOUND
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 4)])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_gives_nothing(backend: str, heads: tuple[int, int, int], batch: int, queries: int, keys: int) -> None:
+    y = softmax_attention(**attention_inputs(heads, batch=batch, queries=queries, keys=keys), backend=backend)
+    assert y.shape == (batch, queries, max(heads), 5)
+
+
+@pytest.mark.parametrize("borders", [*BORDERS.values(), [0, 4, 8, 12]], ids=[*BORDERS, "equal lengths"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_packed_documents_do_not_see_each_other(heads: tuple[int, int, int], borders: list[int]) -> None:
+    inputs = attention_inputs(heads, batch=1, queries=borders[-1])
+    exact = oracle_attention(**inputs, cu_seqlens=borders)
+    for backend in BACKENDS:
+        y = softmax_attention(**inputs, cu_seqlens=borders, backend=backend)
+        assert relative_rms_error(y, exact) < FP64_BOUND
+
+
+RAGGED = {
+    "both": ([3, 0, 1, 5], [7, 4, 1, 5]),
+    "keys only": (None, [9, 5, 6, 7]),
+    "queries only": ([3, 0, 1, 5], None),
+}
+
+
+def oracle_ragged(q: Tensor, k: Tensor, v: Tensor, query_lengths: list[int], key_lengths: list[int]) -> Tensor:
+    rows = []
+    for row, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        one = slice(row, row + 1)
+        y = oracle_attention(q[one, :queries], k[one, :keys], v[one, :keys])
+        rows.append(torch.nn.functional.pad(y, (0, 0, 0, 0, 0, q.shape[1] - queries)))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(("query_lengths", "key_lengths"), RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ragged_rows_equal_separate_ones(
+    backend: str, query_lengths: list[int] | None, key_lengths: list[int] | None
+) -> None:
+    inputs = attention_inputs(batch=4, queries=5, keys=9)
+    options = {"query_lengths": query_lengths, "key_lengths": key_lengths}
+    full = {"query_lengths": query_lengths or [5] * 4, "key_lengths": key_lengths or [9] * 4}
+    y = softmax_attention(**inputs, **options, backend=backend)
+    assert relative_rms_error(y, oracle_ragged(**inputs, **full)) < FP64_BOUND
+    exact = gradients(oracle_ragged, inputs, **full)
+    assert worst_error(gradients(softmax_attention, inputs, **options, backend=backend), exact) < FP64_BOUND
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_queries_give_zero_and_no_gradient(backend: str) -> None:
+    inputs = attention_inputs(batch=4, queries=5, keys=9)
+    lengths = {"query_lengths": [0, 0, 0, 0], "key_lengths": [0, 3, 0, 1]}
+    assert not softmax_attention(**inputs, **lengths, backend=backend).any()
+    for x in gradients(lambda **given: softmax_attention(**given, **lengths).sum() + 0 * given["q"].sum(), inputs):
+        assert not x.any()
+
+
+@pytest.mark.parametrize("token", [0, 4, 8])
+def test_no_output_sees_the_future(token: int) -> None:
+    inputs = attention_inputs()
+    changed = {name: x.clone() for name, x in inputs.items()}
+    for x in changed.values():
+        x[:, token] += 1
+    y, y_changed = softmax_attention(**inputs), softmax_attention(**changed)
+    assert torch.equal(y[:, :token], y_changed[:, :token])
+    assert not torch.equal(y[:, token], y_changed[:, token])
+
+
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 1, 1, 4]}, {"query_lengths": [2], "key_lengths": [3]}])
+@pytest.mark.parametrize("implementation", [softmax_attention_reference, softmax_attention_torch], ids=BACKENDS)
+def test_gradients_are_those_of_finite_differences(implementation: Any, options: dict[str, list[int]]) -> None:
+    inputs = attention_inputs((2, 1, 2), batch=1, queries=4, device="cpu")
+
+    def output(*values: Tensor) -> Tensor:
+        return implementation(*values, **options)
+
+    assert torch.autograd.gradcheck(output, tuple(x.requires_grad_() for x in inputs.values()))
+
+
+@pytest.mark.parametrize("borders", [None, BORDERS["uneven"]], ids=["dense", "packed"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_gradients_equal_those_of_the_matrix(heads: tuple[int, int, int], borders: list[int] | None) -> None:
+    inputs = attention_inputs(heads, **({} if borders is None else {"batch": 1, "queries": borders[-1]}))
+    exact = gradients(oracle_attention, inputs, cu_seqlens=borders)
+    assert worst_error(gradients(softmax_attention, inputs, cu_seqlens=borders), exact) < FP64_BOUND
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """The output is rounded, and kernels may round the weights; scores in fp32 sum 6 products."""
+    return 2 * rounding(dtype) + 2**-24 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_inputs_err_by_rounding_only(backend: str, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(queries=67, dtype=dtype)
+    y = softmax_attention(**inputs, backend=backend)
+    assert y.dtype == dtype
+    assert relative_rms_error(y, oracle_attention(**in_double(inputs))) < bound_of(dtype)
+
+
+@pytest.mark.parametrize("fault", [*ATTENTION_FAULTS, "heads in turn"])
+def test_the_bounds_would_show_wrong_attention(fault: str) -> None:
+    for heads, queries in product([(8, 2, 2), (4, 2, 4)], [9, 67]):
+        inputs = attention_inputs(heads, queries=queries)
+        exact, wrong = oracle_attention(**inputs), oracle_attention(**inputs, fault=fault)
+        assert relative_rms_error(wrong, exact) > FAULT_FACTOR * bound_of(torch.bfloat16)
