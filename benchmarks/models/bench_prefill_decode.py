@@ -151,7 +151,7 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each run by the clock and of the processor; the runs take turns, and the first round does not count."""
+    """Seconds of each run by the clock and of the processor. Runs take turns, and the first round does not count."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(repeats + 1):
         for name, run in runs.items():

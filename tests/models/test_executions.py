@@ -30,7 +30,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 # Lengths on every side of the TransPoint: rows of one batch are then in different modes.
 LENGTHS = (19, TRANS_POINT - 1, TRANS_POINT, TRANS_POINT + 1, 1, 2, 12)
-# Long enough for three chunks of ssd_scan (64) behind the TransPoints, with borders on and beside those of the chunks.
+# Long enough for three chunks of ssd_scan (at most 64 tokens each), with borders on and beside those of the chunks.
 LONG_SCHEDULES = ([0, 5, 64], [63, 65, None], [1, 128, 130])
 LONG_LENGTHS = (150, 64, 131)
 

@@ -1,46 +1,29 @@
-"""Autocast stops at the ops' door."""
+"""Autocast stops at the ops' door: sums and states stay in fp32, whatever is around them."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from transmamba.ops import hybrid_mixer, memory_converter, ssd_scan, ssd_step
+from tests.helpers import DEVICE
+from tests.ops.cases import CHUNK, ssd_inputs, without
+from transmamba.ops import hybrid_mixer, memory_converter, ssd_scan
 
-
-def inputs() -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 90, 4, 8) for _ in range(3))
-    return q, k, v, torch.rand(2, 90, 4), -torch.rand(4) - 0.1
+TAKES_NOT = {ssd_scan: (), memory_converter: ("q", "D"), hybrid_mixer: ("initial_state",)}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_results_under_autocast_are_those_without(backend: str) -> None:
-    q, k, v, dt, A = inputs()
-    state = memory_converter(k, v, dt, A, backend=backend)
-
-    def results() -> list[Tensor]:
-        return [
-            *ssd_scan(q, k, v, dt, A, return_final_state=True, backend=backend),
-            *ssd_step(state, q[:, 0], k[:, 0], v[:, 0], dt[:, 0], A, backend=backend),
-            memory_converter(k, v, dt, A, backend=backend),
-            *hybrid_mixer(q, k, v, dt, A, trans_point=70, return_final_state=True, backend=backend),
-        ]
-
-    expected = results()
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = results()
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+@pytest.mark.parametrize("op", TAKES_NOT, ids=lambda op: op.__name__)
+def test_autocast_changes_nothing(op: Any) -> None:
+    inputs = without(ssd_inputs(seq_len=CHUNK + 9, dtype=torch.float32), *TAKES_NOT[op])
+    options = {"trans_point": 5} if op is hybrid_mixer else {"validate": False}
+    exact = op(**inputs, **options)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert torch.equal(op(**inputs, **options), exact)
+        assert torch.equal(op(**options, **inputs), exact)  # no tensor comes first
+        assert (inputs["k"] @ inputs["k"].transpose(-1, -2)).dtype == torch.bfloat16
 
 
-def test_autocast_would_have_changed_them() -> None:
-    q, k, v, dt, A = inputs()
-    expected = ssd_scan(q, k, v, dt, A)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = ssd_scan.__wrapped__(q, k, v, dt, A)
-    assert not torch.equal(actual, expected)
-
-
-def test_inputs_may_be_named() -> None:
-    q, k, v, dt, A = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ssd_scan(q=q, k=k, v=v, dt=dt, A=A), ssd_scan(q, k, v, dt, A))
+def test_autocast_is_back_after_the_op() -> None:
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        ssd_scan(**ssd_inputs(dtype=torch.float32))
+        assert torch.is_autocast_enabled(DEVICE.type)

@@ -1,5 +1,6 @@
 """softmax_attention against an explicit masked softmax: dense, with a past, packed and ragged."""
 
+import sys
 from itertools import product
 from typing import Any
 
@@ -158,3 +159,21 @@ def test_the_bounds_would_show_wrong_attention(fault: str) -> None:
         inputs = attention_inputs(heads, queries=queries)
         exact, wrong = oracle_attention(**inputs), oracle_attention(**inputs, fault=fault)
         assert relative_rms_error(wrong, exact) > FAULT_FACTOR * bound_of(torch.bfloat16)
+
+
+def test_documents_of_rounded_lengths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    borders = [0, 1, 1, 18, 50, 137, 138, 400]
+    q, k, v = (torch.randn(1, 400, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = softmax_attention(q, k, v, cu_seqlens=borders)
+    implementation = sys.modules["transmamba.ops.softmax_attention.torch"]
+    exact = implementation._documents_by_length
+    monkeypatch.setattr(
+        implementation, "_documents_by_length", lambda b, device, rounded: exact(b, device, rounded=True)
+    )
+    assert relative_rms_error(softmax_attention(q, k, v, cu_seqlens=borders), expected) < 1e-12
+
+
+def test_rounding_adds_at_most_a_quarter_to_long_documents() -> None:
+    rounded_up = sys.modules["transmamba.ops.softmax_attention.torch"]._rounded_up
+    assert all(n <= rounded_up(n) <= max(n + 15, n * 1.25) for n in range(1, 5000))
+    assert len({rounded_up(n) for n in range(1, 2049)}) < 25

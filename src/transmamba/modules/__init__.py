@@ -4,12 +4,13 @@ from .cache import TransMambaCache, TransMambaLayerCache
 from .conv import CausalConv1d
 from .layout import TokenLayout
 from .mixer import MixerConfig, RotaryTables, TransMambaMixer
-from .mlp import GatedMLP
+from .mlp import GatedMLP, PlainMLP
 
 __all__ = [
     "CausalConv1d",
     "GatedMLP",
     "MixerConfig",
+    "PlainMLP",
     "RotaryTables",
     "TokenLayout",
     "TransMambaCache",

@@ -23,7 +23,11 @@ from transmamba.ops.rotary import undo_rotary
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """What one mixer is made of. has_attention and has_ssm: the modes it owns parameters for."""
+    """What one mixer is made of.
+
+    has_attention, has_ssm: the modes it owns parameters for. attention_output_bias: None = as attention_bias. qk_norm: an RMSNorm of every
+    head's q and k, in both modes. rotary: whether this layer has rotary embedding at all. gate_bias: of z_proj.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -37,6 +41,10 @@ class MixerConfig:
     mode_norm: bool
     ssm_rope: bool
     rms_norm_eps: float
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
+    rotary: bool = True
+    gate_bias: bool = False
     has_attention: bool = True
     has_ssm: bool = True
 
@@ -67,17 +75,22 @@ class TransMambaMixer(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, width, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.attention_bias)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias)
+        output_bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=output_bias)
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
         channels = sum(self.split_sizes)
         self.conv1d = (
-            CausalConv1d(channels, channels, c.conv_kernel, groups=channels, bias=c.conv_bias) if c.conv_kernel else None
+            CausalConv1d(channels, channels, c.conv_kernel, groups=channels, bias=c.conv_bias)
+            if c.conv_kernel
+            else None
         )
         if c.has_ssm:
             self.dt_proj = nn.Linear(c.hidden_size, c.num_state_heads, bias=False)
             self.dt_bias = nn.Parameter(torch.empty(c.num_state_heads))
             self.A_log = nn.Parameter(torch.empty(c.num_state_heads))
             self.D = nn.Parameter(torch.empty(c.num_attention_heads))
-            self.z_proj = nn.Linear(c.hidden_size, width, bias=False) if c.use_gate else None
+            self.z_proj = nn.Linear(c.hidden_size, width, bias=c.gate_bias) if c.use_gate else None
         if c.mode_norm:
             self.attention_norm = nn.RMSNorm(width, eps=c.rms_norm_eps) if c.has_attention else None
             self.ssm_norm = nn.RMSNorm(width, eps=c.rms_norm_eps) if c.has_ssm else None
@@ -85,7 +98,7 @@ class TransMambaMixer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rotary: RotaryTables,
+        rotary: RotaryTables | None,
         layout: TokenLayout,
         cache: TransMambaLayerCache | None = None,
         rewind: int = 0,
@@ -95,8 +108,13 @@ class TransMambaMixer(nn.Module):
         if self.conv1d is not None:
             qkv = self._convolve(qkv, layout, cache, rewind)
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv.split(self.split_sizes, dim=-1))
-        if self.config.ssm_rope:
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is None or not self.config.rotary:
+            rotary = None
+        elif self.config.ssm_rope:
             q, k = (apply_rotary(x, rotary.cos, rotary.sin) for x in (q, k))
+            rotary = None
         y = self._mix(q, k, v, hidden, rotary, layout, cache)
         return self.o_proj(self._finish(y.flatten(-2), hidden, layout))
 
@@ -126,11 +144,11 @@ class TransMambaMixer(nn.Module):
         k: Tensor,
         v: Tensor,
         hidden: Tensor,
-        rotary: RotaryTables,
+        rotary: RotaryTables | None,
         layout: TokenLayout,
         cache: TransMambaLayerCache | None,
     ) -> Tensor:
-        rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
+        rope = None if rotary is None else (rotary.cos, rotary.sin)
         if not self.config.has_ssm and cache is None:
             q, k = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
             return softmax_attention(q, k, v, cu_seqlens=layout.borders, validate=False)
@@ -150,14 +168,14 @@ class TransMambaMixer(nn.Module):
         v: Tensor,
         dt: Tensor | None,
         A: Tensor | None,
-        rotary: RotaryTables,
+        rotary: RotaryTables | None,
         layout: TokenLayout,
         cache: TransMambaLayerCache,
     ) -> Tensor:
         if q.numel() == 0:
             return q
         point, batch = self.trans_point, len(layout.lengths)
-        rope = None if self.config.ssm_rope else (rotary.cos, rotary.sin)
+        rope = None if rotary is None else (rotary.cos, rotary.sin)
         if layout.uniform_past == 0 and point is not None and point < layout.seq_len:
             assert dt is not None
             assert A is not None
@@ -211,7 +229,12 @@ class TransMambaMixer(nn.Module):
         return softmax_attention(q_r, keys, values, validate=False, **extents)
 
     def _hand_over(
-        self, crossing: tuple[int, ...], A: Tensor | None, rotary: RotaryTables, cache: TransMambaLayerCache, batch: int
+        self,
+        crossing: tuple[int, ...],
+        A: Tensor | None,
+        rotary: RotaryTables | None,
+        cache: TransMambaLayerCache,
+        batch: int,
     ) -> None:
         """The Memory Converter: the cached prefix of every row that crosses its TransPoint now becomes its state."""
         if not crossing:
@@ -219,7 +242,7 @@ class TransMambaMixer(nn.Module):
         keys, values, dt, _ = cache.read(crossing)
         assert dt is not None
         assert A is not None
-        if not self.config.ssm_rope:
+        if rotary is not None:
             if rotary.past_cos is None or rotary.past_sin is None:
                 raise CacheError(
                     "this rope_type changes its frequencies with the length, so cached keys cannot be handed to the state; "

@@ -1,4 +1,4 @@
-"""The feed-forward block: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+"""Feed-forward blocks: SwiGLU (Shazeer 2020, arXiv 2002.05202), and the plain one of GPT-2."""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -16,3 +16,16 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainMLP(nn.Module):
+    """down(act(up(x))). x (..., hidden_size)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, *, bias: bool) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))

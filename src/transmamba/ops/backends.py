@@ -39,7 +39,7 @@ def resolve_backend(op: str, backend: str | None) -> str:
 def explain(device: str = "cpu") -> list[BackendChoice]:
     """For every op: the backend that backend=None resolves to on this device type, and why."""
     reasons = {
-        "cpu": "chunked matrix form; the only fast form on a CPU",
+        "cpu": "matrix products and vector code in plain PyTorch; the only fast form on a CPU",
         "cuda": "plain PyTorch, right but not the fastest; there is no GPU kernel for this op in this version",
     }
     reason = reasons.get(device, "plain PyTorch runs on any device")

@@ -1,11 +1,13 @@
 """What every op checks before it computes: shapes, head counts, dtypes, devices, and the values of A, dt and NaN.
 
-Shapes, dtypes and devices are always checked. Values are read on the CPU only, where that costs one pass over the tensor: on an
-accelerator it would stall the queue. `check_values(True)` asks for it everywhere, `check_values(False)` nowhere.
+Shapes, dtypes and devices are always checked. Values are read on the CPU only, where that costs one pass over the
+tensor: on an accelerator it would stall the queue. `check_values(True)` asks for it everywhere, `check_values(False)`
+nowhere.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,7 +78,8 @@ def check_ssd_inputs(
     wanted = (rows, counts.state, k.shape[-1], v.shape[-1])
     if state is not None and tuple(state.shape) != wanted:
         raise InputError(
-            f"{op}: the state has shape {tuple(state.shape)}; give {wanted}, (batch or documents, state_heads, state_size, head_dim)."
+            f"{op}: the state has shape {tuple(state.shape)}; give {wanted}, "
+            "(batch or documents, state_heads, state_size, head_dim)."
         )
     optional = {name: x for name, x in (("D", D), ("state", state)) if x is not None}
     check_tensors(op, named | {"dt": dt, "A": A} | optional, same_dtype=tuple(named))
@@ -103,11 +106,13 @@ def check_heads(op: str, q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor | No
     for name, count in (counts | ({"q": q.shape[-2]} if q is not None else {})).items():
         if count == 0 or heads % count:
             raise InputError(
-                f"{op}: {name} has {count} heads, which do not divide the {heads} heads of the output; make it a divisor."
+                f"{op}: {name} has {count} heads, which do not divide the {heads} heads of the output; "
+                "make it a divisor."
             )
         if name != "q" and state % count:
             raise InputError(
-                f"{op}: {name} has {count} heads, which do not divide the {state} heads of the state; make it a divisor."
+                f"{op}: {name} has {count} heads, which do not divide the {state} heads of the state; "
+                "make it a divisor."
             )
     return HeadCounts(heads=heads, state=state)
 
@@ -132,7 +137,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | Sequence[int], batch: int, se
         )
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != seq_len:
         raise InputError(f"{op}: cu_seqlens is {_short(borders)}; it must start at 0 and end at seq_len = {seq_len}.")
-    if any(later < earlier for earlier, later in zip(borders, borders[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(borders)):
         raise InputError(f"{op}: cu_seqlens is {_short(borders)}; it must never fall.")
     return borders
 
@@ -154,7 +159,8 @@ def check_finite(op: str, named: dict[str, Tensor]) -> None:
         if len(bad):
             place = tuple(bad[0].tolist())
             raise InputError(
-                f"{op}: {name} holds NaN at {len(bad)} of {x.numel()} places, the first at {place}; look upstream of this call."
+                f"{op}: {name} holds NaN at {len(bad)} of {x.numel()} places, the first at {place}; "
+                "look upstream of this call."
             )
 
 

@@ -1,7 +1,9 @@
-"""Sequences of any lengths as a grid of equal chunks, ordered so that the recurrence between chunks runs over all rows at once.
+"""Sequences of any lengths as a grid of equal chunks, ordered so that the recurrence between chunks runs over all rows
+at once.
 
-Chunks are sorted by their number within the row: all first chunks, then all second ones, and so on, longer rows first. Step i of the
-recurrence is then one contiguous slice. Places behind a row's end repeat its last token and get dt = 0, which leaves the state as it is.
+Chunks are sorted by their number within the row: all first chunks, then all second ones, and so on, longer rows first.
+Step i of the recurrence is then one contiguous slice. Places behind a row's end repeat its last token and get dt = 0,
+which leaves the state as it is.
 """
 
 from collections.abc import Sequence
@@ -67,7 +69,9 @@ class ChunkGrid:
     def recur(
         self, gathered: Tensor, decay: Tensor, initial_state: Tensor | None, state_shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Carry states over chunks: gathered (m, state_heads, n, p), decay (m, dt_heads) -> (state entering each chunk, final states)."""
+        """Carry states over chunks: gathered (m, state_heads, n, p), decay (m, dt_heads) -> (state entering each chunk,
+        final states).
+        """
         order = None if self.packed is None else self.packed.order
         if initial_state is None:
             state = gathered.new_zeros(state_shape)

@@ -1,7 +1,8 @@
 """Head counts that differ between tensors, without repeating anything in memory.
 
-Every op reads head h of a tensor with `count` heads at index h * count // heads (grouped-query order). Two tensors whose counts nest
-(one divides the other) multiply as reshaped batches, so the smaller one is read in place. Layout inside the ops: (batch, heads, rows, columns).
+Every op reads head h of a tensor with `count` heads at index h * count // heads (grouped-query order). Two tensors
+whose counts nest (one divides the other) multiply as reshaped batches, so the smaller one is read in place. Layout
+inside the ops: (batch, heads, rows, columns).
 """
 
 import math
@@ -25,7 +26,9 @@ def head_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def head_multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Elementwise product per head: (batch, a, ...) and (batch, b, ...), trailing dimensions broadcast -> (batch, max(a, b), ...)."""
+    """Elementwise product per head: (batch, a, ...) and (batch, b, ...), trailing dimensions broadcast -> (batch,
+    max(a, b), ...).
+    """
     left, right = nested_heads(left, right)
     a, b = left.shape[1], right.shape[1]
     if a == b:

@@ -1,4 +1,4 @@
-"""Packed documents cut at a TransPoint: which tokens are before it, which after, and how to put the two together again."""
+"""Packed documents cut at a TransPoint: the tokens before it, those after it, and how to put them together again."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DocumentSplit:
-    """Indices into the packed row. Documents shorter than the TransPoint have an empty suffix, and keep their place in the borders."""
+    """Indices into the packed row.
+
+    Documents shorter than the TransPoint have an empty suffix, and keep their place in the borders.
+    """
 
     prefix: Tensor
     suffix: Tensor

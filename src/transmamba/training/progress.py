@@ -97,7 +97,8 @@ class TrainingProgress(TrainerCallback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.smoothed: float | None = None
+        self.smoothed = 0.0
+        self.shown = 0
         self.seconds = history.seconds
         self.mark = time.monotonic()
         self.last_line = self.mark
@@ -184,8 +185,9 @@ class TrainingProgress(TrainerCallback):
         self.mark = now
 
     def _show(self, row: TrainingRow, state: TrainerState) -> None:
-        past = row.loss if self.smoothed is None else self.smoothed
-        self.smoothed = SMOOTHING * past + (1 - SMOOTHING) * row.loss
+        self.shown += 1
+        past = min(SMOOTHING, 1 - 1 / self.shown)  # the plain mean, until there are enough rows
+        self.smoothed = past * self.smoothed + (1 - past) * row.loss
         tokens, seconds = row.tokens - self.began[0], row.seconds - self.began[1]
         speed = tokens / seconds if seconds > 0 else 0.0
         numbers = f"loss {self.smoothed:.4f}  {speed:,.0f} tokens/s  lr {row.learning_rate:.2e}"

@@ -10,6 +10,8 @@ from transmamba.errors import InputError
 from transmamba.schedule import TransPointSchedule
 
 MIXER_FORMS = ("shared", "standard")
+NORM_TYPES = ("rms", "layer")
+POSITION_EMBEDDINGS = ("rotary", "learned")
 
 
 @strict
@@ -24,12 +26,18 @@ class TransMambaConfig(PreTrainedConfig):
         max_position_embeddings: the length the model is trained at. Layers that never switched within it have an untrained SSM.
         num_state_heads: heads of dt, A and the state; a multiple of num_key_value_heads that divides num_attention_heads.
         conv_kernel: taps of the causal convolution on q, k and v in both modes; 0 = none.
-        use_gate: gate the SSM's output with SiLU(z).
+        use_gate: gate the SSM's output with SiLU(z). gate_bias: z has a bias, so that the gate can begin constant.
         mode_norm: an RMSNorm of each mode's output before o_proj (the SSM's is Mamba-2's gated norm).
         ssm_rope: rotary embedding in both modes; otherwise inside softmax only.
         mixer_form: "shared" = every layer can run both modes. "standard" = each layer is a plain Transformer layer (trans_point None:
             no convolution, gate or SSM parameters) or a Mamba-2 layer with gated norm (trans_point 0); the schedule is then fixed.
         A_init_range, dt_min, dt_max, dt_init_floor: initial values of A and dt, as in Mamba-2.
+        norm_type: "rms", or "layer" = with mean and bias; rms_norm_eps is the epsilon of either.
+        qk_norm: an RMSNorm of every head's q and k before the rotary embedding, in both modes (Qwen3).
+        attention_output_bias: of o_proj; None = attention_bias (Qwen2 has biases on q, k and v alone).
+        mlp_gated: SwiGLU; otherwise down(act(up(x))) (GPT-2).
+        position_embedding: "rotary", or "learned" = a table of max_position_embeddings added to the token embeddings, and no rotary embedding.
+        rope_layers: whether each layer has rotary embedding, a bool per layer; None = all (SmolLM3 leaves out every fourth).
     """
 
     model_type = "transmamba"
@@ -66,6 +74,13 @@ class TransMambaConfig(PreTrainedConfig):
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
+    norm_type: str = "rms"
+    qk_norm: bool = False
+    attention_output_bias: bool | None = None
+    gate_bias: bool = False
+    mlp_gated: bool = True
+    position_embedding: str = "rotary"
+    rope_layers: list | tuple | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -80,9 +95,11 @@ class TransMambaConfig(PreTrainedConfig):
         _check_divides("num_state_heads", self.num_state_heads, "num_attention_heads", self.num_attention_heads)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.head_dim % 2:
+        _check_positions(self)
+        if self.position_embedding == "rotary" and self.head_dim % 2:
             raise InputError(f"head_dim={self.head_dim} must be even for rotary embedding; try {self.head_dim + 1}.")
         self.A_init_range = list(self.A_init_range)
+        self.rope_layers = None if self.rope_layers is None else list(self.rope_layers)
         self.trans_points = _schedule(self.trans_points, self).to_list()
         super().__post_init__(**kwargs)
 
@@ -136,8 +153,11 @@ def _check_sizes(config: TransMambaConfig) -> None:
     for name in ("intermediate_size", "conv_kernel"):
         if getattr(config, name) < 0:
             raise InputError(f"{name}={getattr(config, name)} must be at least 0 (0 = none).")
-    if config.mixer_form not in MIXER_FORMS:
-        raise InputError(f"mixer_form={config.mixer_form!r} is unknown; choose {' or '.join(map(repr, MIXER_FORMS))}.")
+    choices = {"mixer_form": MIXER_FORMS, "norm_type": NORM_TYPES, "position_embedding": POSITION_EMBEDDINGS}
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value not in known:
+            raise InputError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
     low, high = config.A_init_range
     if not 0 < low <= high:
         raise InputError(f"A_init_range={[low, high]} must be 0 < low <= high; Mamba-2 uses [1, 16].")
@@ -145,6 +165,19 @@ def _check_sizes(config: TransMambaConfig) -> None:
         raise InputError(
             f"dt_min={config.dt_min} and dt_max={config.dt_max} must be 0 < dt_min <= dt_max; Mamba-2 uses 0.001 and 0.1."
         )
+
+
+def _check_positions(config: TransMambaConfig) -> None:
+    if config.position_embedding == "learned" and (config.ssm_rope or config.rope_layers is not None):
+        raise InputError("position_embedding='learned' leaves no rotary embedding; drop ssm_rope and rope_layers.")
+    given = config.rope_layers
+    if given is not None and len(given) != config.num_hidden_layers:
+        raise InputError(
+            f"rope_layers has {len(given)} entries and the model {config.num_hidden_layers} layers; give a bool per layer."
+        )
+    for layer, entry in enumerate(given or ()):
+        if not isinstance(entry, bool):
+            raise InputError(f"rope_layers: layer {layer} has {entry!r}; give true or false.")
 
 
 def _check_divides(small: str, small_value: int, large: str, large_value: int) -> None:

@@ -47,6 +47,8 @@ def initial_values(config: TransMambaConfig) -> tuple[InitialValue, ...]:
         InitialValue("dt_bias", "inverse_softplus_log_uniform", config.dt_min, config.dt_max),
         InitialValue(".D", "constant", 1.0),
         InitialValue("norm.weight", "constant", 1.0),
+        *((InitialValue("norm.bias", "constant", 0.0),) if config.norm_type == "layer" else ()),
+        *((InitialValue("embed_positions.weight", "normal", std),) if config.position_embedding == "learned" else ()),
     )
 
 

@@ -23,6 +23,7 @@ from transmamba.errors import CacheError, InputError
 from transmamba.modules import (
     GatedMLP,
     MixerConfig,
+    PlainMLP,
     RotaryTables,
     TokenLayout,
     TransMambaCache,
@@ -56,7 +57,9 @@ class TransMambaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the parameters that the module itself owns; transformers calls it once for each that owns some."""
-        if isinstance(module, LlamaRotaryEmbedding):  # its buffers are in no checkpoint: loading leaves them to this method
+        if isinstance(
+            module, LlamaRotaryEmbedding
+        ):  # its buffers are in no checkpoint: loading leaves them to this method
             super()._init_weights(module)
         made_by_resizing = "embed_tokens" if isinstance(module, nn.Embedding) else "lm_head"
         name = next((name for name, other in self.named_modules() if other is module), made_by_resizing)
@@ -75,8 +78,10 @@ class TransMambaModel(TransMambaPreTrainedModel):
         self.layers = nn.ModuleList(
             [TransMambaDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = TransMambaRotaryEmbedding(config)
+        self.norm = _norm(config)
+        learned = config.position_embedding == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.rotary_emb = None if learned else TransMambaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -155,6 +160,8 @@ class TransMambaModel(TransMambaPreTrainedModel):
         recorded: list[Tensor] = []
         rewind = 0 if cache is None else cache.rewind
         hidden = layout.pack(hidden)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(self._learned_positions(layout))
         for number, layer in enumerate(self.layers):
             if record_all:
                 recorded.append(layout.unpack(hidden))
@@ -186,7 +193,17 @@ class TransMambaModel(TransMambaPreTrainedModel):
             )
         return given
 
-    def _rotary(self, hidden: Tensor, layout: TokenLayout) -> RotaryTables:
+    def _learned_positions(self, layout: TokenLayout) -> Tensor:
+        room = self.config.max_position_embeddings
+        if layout.longest > room:
+            raise InputError(
+                f"a document has {layout.longest} tokens and this model learned {room} positions; give at most {room}, or cut the document."
+            )
+        return layout.positions()
+
+    def _rotary(self, hidden: Tensor, layout: TokenLayout) -> RotaryTables | None:
+        if self.rotary_emb is None:
+            return None
         # fp32 tables, whatever the model's dtype: bf16 positions above 256 are not whole numbers.
         like = torch.zeros(1, device=hidden.device)
         cos, sin = self.rotary_emb(like, layout.positions())
@@ -297,7 +314,9 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
 
 
 class TransMambaRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, with frequencies that stay fp32 when the model is cast: rounded to bf16, they are off by radians at position 1,000."""
+    """Llama's, with frequencies that stay fp32 when the model is cast: in bf16 they are off by radians at position 1,000."""
+
+    inv_freq: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransMambaRotaryEmbedding":
         exact = self.inv_freq
@@ -313,16 +332,25 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TransMambaConfig, layer_idx: int) -> None:
         super().__init__()
         trans_point = config.trans_points[layer_idx]
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = TransMambaMixer(mixer_config(config, trans_point), trans_point)
+        has_rope = config.position_embedding == "rotary" and (
+            config.rope_layers is None or config.rope_layers[layer_idx]
+        )
+        self.input_layernorm = _norm(config)
+        self.mixer = TransMambaMixer(mixer_config(config, trans_point, rotary=has_rope), trans_point)
         if config.intermediate_size:
-            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
+            self.post_attention_layernorm = _norm(config)
+            form = GatedMLP if config.mlp_gated else PlainMLP
+            self.mlp = form(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
         else:
             self.mlp = None
 
     def forward(
-        self, hidden: Tensor, rotary: RotaryTables, layout: TokenLayout, cache: TransMambaLayerCache | None, rewind: int
+        self,
+        hidden: Tensor,
+        rotary: RotaryTables | None,
+        layout: TokenLayout,
+        cache: TransMambaLayerCache | None,
+        rewind: int,
     ) -> Tensor:
         hidden = hidden + self.mixer(self.input_layernorm(hidden), rotary, layout, cache, rewind)
         if self.mlp is None:
@@ -330,8 +358,8 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-def mixer_config(config: TransMambaConfig, trans_point: int | None) -> MixerConfig:
-    """The mixer of a layer with this TransPoint; in the standard form it depends on it."""
+def mixer_config(config: TransMambaConfig, trans_point: int | None, *, rotary: bool = True) -> MixerConfig:
+    """The mixer of a layer with this TransPoint; in the standard form it depends on it. rotary: whether the layer has rotary embedding."""
     standard = config.mixer_form == "standard"
     is_attention, is_ssm = standard and trans_point is None, standard and trans_point is not None
     return MixerConfig(
@@ -347,6 +375,15 @@ def mixer_config(config: TransMambaConfig, trans_point: int | None) -> MixerConf
         mode_norm=(config.mode_norm or is_ssm) and not is_attention,
         ssm_rope=config.ssm_rope and not is_ssm,
         rms_norm_eps=config.rms_norm_eps,
+        attention_output_bias=config.attention_output_bias,
+        qk_norm=config.qk_norm,
+        rotary=rotary,
+        gate_bias=config.gate_bias,
         has_attention=not is_ssm,
         has_ssm=not is_attention,
     )
+
+
+def _norm(config: TransMambaConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.rms_norm_eps)

@@ -32,14 +32,15 @@ def causal_conv1d(
     """Return y_t = bias + sum_i weight[:, i] x_{t - kernel + 1 + i}, optionally through SiLU.
 
     x (batch, seq_len, channels)    weight (channels, kernel)    bias (channels,)    y like x.
-    initial_state: the kernel - 1 inputs before the first, (rows, kernel - 1, channels); zeros when None; rows = batch, or the number of
-    documents with cu_seqlens (borders of packed documents, batch 1). With return_final_state: (y, the last kernel - 1 inputs of each row),
-    also for rows shorter than the kernel. Raises InputError.
+    initial_state: the kernel - 1 inputs before the first, (rows, kernel - 1, channels); zeros when None; rows = batch,
+    or the number of documents with cu_seqlens (borders of packed documents, batch 1). With return_final_state: (y, the
+    last kernel - 1 inputs of each row), also for rows shorter than the kernel. Raises InputError.
     """
     op = "causal_conv1d"
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise InputError(
-            f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; give (batch, seq_len, channels) and (channels, kernel)."
+            f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            "give (batch, seq_len, channels) and (channels, kernel)."
         )
     if bias is not None and tuple(bias.shape) != (x.shape[2],):
         raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; give ({x.shape[2]},), or None.")

@@ -1,6 +1,7 @@
 """The specification of causal_conv1d: one window of inputs per output."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def causal_conv1d_reference(
                 activation=activation,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
             )
-            for i, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+            for i, (start, end) in enumerate(pairwise(cu_seqlens))
         ]
         return torch.cat([y for y, _ in pieces], dim=1), torch.cat([state for _, state in pieces])
     kernel = weight.shape[1]

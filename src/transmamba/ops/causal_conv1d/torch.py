@@ -1,4 +1,6 @@
-"""causal_conv1d in plain PyTorch: one multiply-add per tap over whole sequences; documents are parted by their own pasts."""
+"""causal_conv1d in plain PyTorch: one multiply-add per tap over whole sequences;
+documents are parted by their own pasts.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ def causal_conv1d_torch(
 
 
 def depthwise_valid(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise convolution without padding: inputs (batch, kernel - 1 + t, channels), weight (channels, kernel) -> (batch, t, channels)."""
+    """Depthwise convolution without padding: inputs (batch, kernel - 1 + t, channels), weight (channels, kernel) ->
+    (batch, t, channels).
+    """
     kernel = weight.shape[1]
     t = inputs.shape[1] - kernel + 1
     taps = weight.to(inputs.dtype).unbind(1)

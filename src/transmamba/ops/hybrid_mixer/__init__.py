@@ -69,13 +69,16 @@ def hybrid_mixer(
     Args:
         q, k, v, dt, A, D: as in ssd_scan.
         trans_point: the position, counted within the document, of the first token of the SSM; None = never switch.
-        rotary: (cos, sin), each (seq_len, state_size) or (batch, seq_len, state_size); applied inside softmax only. The state and the
-            SSM read un-rotated q and k. To use rotary embedding in both modes, rotate q and k before the call and pass None.
+        rotary: (cos, sin), each (seq_len, state_size) or (batch, seq_len, state_size); applied inside softmax only. The
+            state and the SSM read un-rotated q and k. To use rotary embedding in both modes, rotate q and k before the
+            call and pass None.
         cu_seqlens: borders of packed documents, [0, ..., seq_len], batch 1.
-        return_final_state: also return the SSM state after each row's (document's) last token, whichever mode it ended in.
+        return_final_state: also return the SSM state after each row's (document's) last token, whichever mode it ended
+            in.
 
     Returns:
-        y (batch, seq_len, heads, head_dim) in v's dtype; with return_final_state, (y, state (rows, state_heads, state_size, head_dim)).
+        y (batch, seq_len, heads, head_dim) in v's dtype; with return_final_state, (y, state (rows, state_heads,
+        state_size, head_dim)).
 
     Raises:
         InputError: shapes, head counts, dtypes, devices or values that break the contract.
@@ -96,8 +99,8 @@ def hybrid_mixer(
                 or (x.dim() == 3 and x.shape[0] not in (1, q.shape[0]))
             ):
                 raise InputError(
-                    f"{op}: rotary's {name} has shape {tuple(x.shape)}; give (seq_len, state_size) = {(q.shape[1], q.shape[3])}, "
-                    "with or without a leading batch."
+                    f"{op}: rotary's {name} has shape {tuple(x.shape)}; give (seq_len, state_size) = "
+                    f"{(q.shape[1], q.shape[3])}, with or without a leading batch."
                 )
         if q.shape[3] % 2:
             raise InputError(

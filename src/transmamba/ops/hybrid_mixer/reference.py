@@ -1,4 +1,4 @@
-"""The specification of hybrid_mixer: both modes over the whole sequence, and a choice per position (specs: the oracle)."""
+"""The specification of hybrid_mixer: both modes over the whole sequence, and a choice per position."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
 """hybrid_mixer in plain PyTorch: each mode computes its own positions only, the Memory Converter hands over."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def hybrid_mixer_torch(
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (y, final state or None); see hybrid_mixer."""
-    longest = q.shape[1] if cu_seqlens is None else max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    longest = q.shape[1] if cu_seqlens is None else max(b - a for a, b in pairwise(cu_seqlens))
     if trans_point is None or trans_point >= longest:
         y = attention_mode(q, k, v, dt, rotary, cu_seqlens)
         state = memory_converter_torch(k, v, dt, A, cu_seqlens=cu_seqlens) if return_final_state else None

@@ -37,7 +37,8 @@ def memory_converter(
         cu_seqlens: borders of packed prefixes, batch 1; one state per prefix.
 
     Returns:
-        state (rows, state_heads, state_size, head_dim), fp32 (fp64 for fp64 inputs); state_heads = max(k_heads, v_heads, dt_heads).
+        state (rows, state_heads, state_size, head_dim), fp32 (fp64 for fp64 inputs); state_heads = max(k_heads,
+        v_heads, dt_heads).
 
     Raises:
         InputError: shapes, head counts, dtypes, devices or values that break the contract.

@@ -22,7 +22,8 @@ def memory_converter_torch(
 ) -> Tensor:
     """Return the state after the prefix; see memory_converter."""
     dtype = accumulation_dtype(k)
-    # A dense prefix is one chunk of any length: remaining decay is summed from the end, where it matters, so length costs no precision.
+    # A dense prefix is one chunk of any length: remaining decay is summed from the end, where it matters, so length
+    # costs no precision.
     chunk_size = CHUNK_SIZE if cu_seqlens is not None else max(1, k.shape[1])
     grid = ChunkGrid.of(k.shape[0], k.shape[1], cu_seqlens, chunk_size, k.device)
     state_shape = (grid.num_rows, max(k.shape[2], v.shape[2], dt.shape[2]), k.shape[3], v.shape[3])

@@ -27,11 +27,12 @@ def softmax_attention(
 ) -> Tensor:
     """Return causal softmax(q k^T / sqrt(state_size)) v, (batch, queries, heads, head_dim).
 
-    q (batch, queries, q_heads, state_size)    k (batch, keys, k_heads, state_size)    v (batch, keys, v_heads, head_dim)
+    q (batch, queries, q_heads, state_size)    k (batch, keys, k_heads, state_size)
+    v (batch, keys, v_heads, head_dim)
 
-    The last query stands at the last key, so with fewer queries than keys the first keys are the past. cu_seqlens: borders of packed
-    documents, batch 1, queries = keys. query_lengths and key_lengths: valid queries and keys of each row (right padded); outputs of
-    padded queries are zero. Head counts as in ssd_scan. Raises InputError.
+    The last query stands at the last key, so with fewer queries than keys the first keys are the past. cu_seqlens:
+    borders of packed documents, batch 1, queries = keys. query_lengths and key_lengths: valid queries and keys of each
+    row (right padded); outputs of padded queries are zero. Head counts as in ssd_scan. Raises InputError.
     """
     op = "softmax_attention"
     if any(x.dim() != 4 for x in (q, k, v)):

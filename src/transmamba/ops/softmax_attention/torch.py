@@ -1,10 +1,13 @@
 """softmax_attention through torch's scaled_dot_product_attention: documents of equal length share a call."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from transmamba.ops.heads import expand_heads
@@ -48,12 +51,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: T
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, borders: tuple[int, ...]) -> Tensor:
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
-    if len(set(lengths)) == 1:
-        y = _attend(*(x.unflatten(1, (len(lengths), -1)).flatten(0, 1) for x in (q, k, v)), is_causal=True)
-        return y.flatten(0, 1).unsqueeze(0)
-    groups, inverse = _equal_lengths(borders, q.device)
-    parts = [_attend(*(x[0][group] for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(0, 1) for group in groups]
+    groups, inverse = _documents_by_length(borders, q.device, rounded=q.device.type != "cpu")
+    with _without_cudnn(q.device):
+        parts = [
+            _attend(*(x[0][group] for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(0, 1) for group in groups
+        ]
     return torch.cat(parts)[inverse].unsqueeze(0)
 
 
@@ -70,12 +72,40 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, query_lengths: Sequence[int], key_l
 
 
 @lru_cache(maxsize=32)
-def _equal_lengths(borders: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Token indices of the documents of each length, (documents, length) each; and where every token went in their concatenation."""
-    starts: dict[int, list[int]] = {}
-    for start, end in zip(borders, borders[1:], strict=False):
+def _documents_by_length(
+    borders: tuple[int, ...], device: torch.device, *, rounded: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Token indices of the documents of each length, (documents, length) each, and where every token went in them all.
+
+    rounded: lengths are rounded up, for devices where many small calls cost more than some padding. Places behind a
+    document's end repeat its last token, which no earlier query sees.
+    """
+    documents: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(borders):
         if end > start:
-            starts.setdefault(end - start, []).append(start)
-    groups = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in starts.items()]
-    inverse = torch.argsort(torch.cat([group.flatten() for group in groups]))
+            length = _rounded_up(end - start) if rounded else end - start
+            documents.setdefault(length, []).append((start, end))
+    groups, places = [], []
+    for length, spans in documents.items():
+        first, last = torch.tensor(spans).unbind(1)
+        index = first[:, None] + torch.arange(length)
+        places.append((index < last[:, None]).flatten())
+        groups.append(torch.minimum(index, last[:, None] - 1))
+    tokens = torch.cat([group.flatten() for group in groups])
+    inside = torch.cat(places)
+    inverse = torch.empty(borders[-1], dtype=torch.int64)
+    inverse[tokens[inside]] = inside.nonzero().flatten()
     return tuple(group.to(device) for group in groups), inverse.to(device)
+
+
+def _rounded_up(length: int) -> int:
+    """The next length worth a call of its own: four to an octave, so at most a quarter is padding."""
+    step = max(16, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    # cuDNN builds a plan per shape, which takes longer than attending to a document, and documents have many shapes.
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

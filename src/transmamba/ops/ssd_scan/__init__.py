@@ -82,7 +82,8 @@ def ssd_scan(
     Raises:
         InputError: shapes, head counts, dtypes, devices or values that break the contract.
 
-    Source: Dao & Gu 2024 (arXiv 2405.21060), sections 2 and 6; TransMamba (arXiv 2503.24067), eq. 4 and 5 with the state kept.
+    Source: Dao & Gu 2024 (arXiv 2405.21060), sections 2 and 6; TransMamba (arXiv 2503.24067), eq. 4 and 5 with the
+    state kept.
     """
     rows = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_ssd_inputs("ssd_scan", q, k, v, dt, A, D, state=initial_state, num_states=rows, validate=validate)

@@ -1,6 +1,7 @@
 """The specification of ssd_scan: the recurrence, token by token, in whatever float dtype it is given."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def ssd_scan_reference(
                 D,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
             )
-            for i, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+            for i, (start, end) in enumerate(pairwise(cu_seqlens))
         ]
         return torch.cat([y for y, _ in pieces], dim=1), torch.cat([state for _, state in pieces], dim=0)
     state_heads = max(k.shape[2], v.shape[2], dt.shape[2])

@@ -1,7 +1,7 @@
 """ssd_scan in plain PyTorch: chunks of the sequence as matrix products, a short recurrence between chunks.
 
-Within a chunk of L tokens, with S the running sum of dt A:  y_i = exp(S_i) q_i^T h_in + sum_{j<=i} exp(S_i - S_j) dt_j (q_i . k_j) v_j
-and h_out = exp(S_L) h_in + sum_j exp(S_L - S_j) dt_j k_j v_j^T. Derivation: docs/ops/ssd_scan.md.
+Within a chunk of L tokens, with S the running sum of dt A:  y_i = exp(S_i) q_i^T h_in + sum_{j<=i} exp(S_i - S_j) dt_j
+(q_i . k_j) v_j and h_out = exp(S_L) h_in + sum_j exp(S_L - S_j) dt_j k_j v_j^T. Derivation: docs/ops/ssd_scan.md.
 
 Letters: m chunks (all rows or documents together), h heads, l tokens of a chunk, n state_size, p head_dim.
 """

@@ -28,7 +28,8 @@ def ssd_step(
     """Advance the SSM by one token; return (y, new state). `state` is not modified.
 
     state (batch, state_heads, state_size, head_dim)    q, k (batch, heads, state_size)    v (batch, heads, head_dim)
-    dt (batch, dt_heads), after softplus    A (dt_heads,), < 0    D (heads,) or None    y (batch, heads, head_dim) in v's dtype.
+    dt (batch, dt_heads), after softplus    A (dt_heads,), < 0    D (heads,) or None
+    y (batch, heads, head_dim) in v's dtype.
     Head counts as in ssd_scan. Raises InputError for what breaks the contract.
     """
     check_ssd_inputs("ssd_step", q, k, v, dt, A, D, state=state, step=True, validate=validate)
