@@ -85,6 +85,18 @@ def test_resuming_crosses_the_border_of_an_epoch(tmp_path: Path, monkeypatch: py
     assert_identical(train_language_model(run, resume=True, device="cpu"), whole)
 
 
+def test_rows_fall_on_every_checkpoint_and_on_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_steps": 11, "save_every": 3, "log_every": 5}
+    whole = train_language_model(toy_run(tmp_path, output=str(tmp_path / "whole"), **settings), device="cpu")
+    assert [row.step for row in whole.history.training] == [1, 3, 5, 6, 9, 10, 11]
+    run = toy_run(tmp_path, **settings)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 8)
+        with pytest.raises(Crash):
+            train_language_model(run, device="cpu")
+    assert_identical(train_language_model(run, resume=True, device="cpu"), whole)
+
+
 def test_resuming_what_is_finished_changes_nothing(tmp_path: Path) -> None:
     run = toy_run(tmp_path, max_steps=3)
     first = train_language_model(run, device="cpu")

@@ -128,6 +128,9 @@ class TrainingProgress(TrainerCallback):
         self._count_time()
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
+        # A checkpoint does not hold the losses summed since the last row, so a row is due wherever one is written.
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
