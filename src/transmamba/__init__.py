@@ -1,8 +1,10 @@
-"""transmamba: one language model that is a Transformer first and a state space after, and the road there from a Transformer.
+"""transmamba: one language model that is a Transformer first and a state space after, and the road there from a
+Transformer.
 
     from transmamba import TransMambaConfig, TransMambaForCausalLM, TransPointSchedule
 
-Importing it registers the models with transformers' Auto classes. The command `transmamba` loads them only when a verb needs them.
+Importing it registers the models with transformers' Auto classes. The command `transmamba` loads them only when a verb
+needs them.
 """
 
 import importlib

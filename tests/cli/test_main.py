@@ -20,7 +20,22 @@ from transmamba.errors import RecipeError
 # Every verb, with its arguments and flags. A flag names an input, an output or a device; the rest is the recipe's.
 FLAGS = {
     "doctor": {"--device"},
+    "evaluate": {"CHECKPOINT", "--device", "--json", "--text", "--trans-points"},
+    "generate": {
+        "CHECKPOINT",
+        "--device",
+        "--mark",
+        "--max-new-tokens",
+        "--no-mark",
+        "--prompt",
+        "--seed",
+        "--temperature",
+        "--top-p",
+        "--trans-points",
+    },
+    "quickstart": {"--device", "--output", "--seed", "--smoke"},
     "schedule": {"SCHEDULE", "--config", "--figure", "--layers", "--seq-len"},
+    "train": {"RECIPE", "--device", "--output", "--resume", "--set", "--text", "--tokenizer"},
 }
 
 

@@ -22,6 +22,7 @@ HEADS: dict[str, tuple[int, int, int, int]] = {
     "mamba2, one group": (1, 1, 6, 6),
     "mamba2, two groups": (2, 2, 6, 6),
     "not nested": (2, 3, 6, 6),
+    "shared steps": (6, 6, 6, 2),
 }
 SHARED_HEADS = {name: heads for name, heads in HEADS.items() if len(set(heads)) > 1 and min(heads) > 1}
 

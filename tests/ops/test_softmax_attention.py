@@ -13,6 +13,7 @@ from tests.ops.cases import BORDERS, FAULT_FACTOR, FP64_BOUND, Inputs, gradients
 from tests.ops.oracle import ATTENTION_FAULTS, oracle_attention
 from transmamba.ops import softmax_attention
 from transmamba.ops.softmax_attention import softmax_attention_reference, softmax_attention_torch
+from transmamba.ops.softmax_attention.torch import _documents_by_length, _rounded_up
 
 BACKENDS = ("reference", "torch")
 HEADS = {
@@ -68,6 +69,25 @@ def test_packed_documents_do_not_see_each_other(heads: tuple[int, int, int], bor
     for backend in BACKENDS:
         y = softmax_attention(**inputs, cu_seqlens=borders, backend=backend)
         assert relative_rms_error(y, exact) < FP64_BOUND
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["as they are", "rounded up"])
+@pytest.mark.parametrize("borders", [BORDERS["uneven"], [0, 70, 75, 75, 140, 141]], ids=["uneven", "long"])
+def test_documents_grouped_by_length_come_back_in_order(borders: list[int], rounded: bool) -> None:
+    """Lengths are rounded up on GPUs only; what is rounded is checked here."""
+    inputs = attention_inputs(batch=1, queries=borders[-1])
+    groups, inverse = _documents_by_length(tuple(borders), DEVICE, rounded=rounded)
+    parts = [oracle_attention(*(x[0][group] for x in inputs.values())).flatten(0, 1) for group in groups]
+    exact = oracle_attention(**inputs, cu_seqlens=borders)
+    assert relative_rms_error(torch.cat(parts)[inverse][None], exact) < FP64_BOUND
+    assert sum(group.numel() for group in groups) == borders[-1] or rounded
+
+
+def test_rounding_up_leaves_few_lengths_and_little_padding() -> None:
+    lengths = {length: _rounded_up(length) for length in range(1, 5000)}
+    assert all(length <= up <= max(16, 1.25 * length + 16) for length, up in lengths.items())
+    assert all(up <= 1.25 * length for length, up in lengths.items() if length >= 64)
+    assert len(set(lengths.values())) < 40
 
 
 RAGGED = {

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from transmamba._version import __version__
-from transmamba.errors import InputError, TransMambaError
+from transmamba.errors import TransMambaError
+from transmamba.inference import resolve_device
 from transmamba.ops import (
     causal_conv1d,
     explain,
@@ -38,14 +39,14 @@ EXTRAS = {
 
 def doctor(
     device: Annotated[
-        str | None, typer.Option(help="Device to explain and check, such as cpu, cuda:1, mps. Default: the best here.")
-    ] = None,
+        str, typer.Option(help="Device to explain and check, such as cpu, cuda:1, mps, or auto: the best here.")
+    ] = "auto",
 ) -> None:
     """Show versions, devices and backends, and check every op on this machine.
 
     Exit code 1 when a requirement is not met or an op is wrong.
     """
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     console = Console()
     packages = installed_packages()
     console.print(_table("Versions", ("package", "installed", "needed"), _version_rows(packages)))
@@ -92,26 +93,6 @@ class OpCheck:
     @property
     def passed(self) -> bool:
         return not self.failure and self.values <= self.bound and self.gradients <= self.bound  # NaN does not pass
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the best one here; raise InputError where this machine lacks it."""
-    here = ["cpu"]
-    if torch.backends.mps.is_available():
-        here.insert(0, "mps")
-    if torch.cuda.is_available():
-        here.insert(0, "cuda")
-    try:
-        device = torch.device(name or here[0])
-    except RuntimeError as error:  # the only type torch raises for a name it does not know
-        raise InputError(f"device {name!r} is not known; this machine has {', '.join(here)}.") from error
-    if device.type not in here:
-        raise InputError(f"device {name!r} is not available; this machine has {', '.join(here)}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} is beyond the {torch.cuda.device_count()} CUDA devices here, from cuda:0 on."
-        )
-    return device
 
 
 def installed_packages() -> list[Package]:

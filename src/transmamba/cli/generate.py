@@ -12,7 +12,8 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/v9/model.")],
     prompt: Annotated[str, typer.Option(help="The text to continue; empty starts a new document.")] = "",
     trans_points: Annotated[
-        str | None, typer.Option(help='Run with another schedule: a name such as "mamba2", or a list such as "0,128,none".')
+        str | None,
+        typer.Option(help='Run with another schedule: a name such as "mamba2", or a list such as "0,128,none".'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
@@ -37,14 +38,24 @@ def generate(
         crossed = sorted({point for point in schedule if point and last[0] >= 0 and last[0] < point <= position})
         for point in crossed if mark else ():
             switched = schedule.modes_at(point).count("ssm")
-            notes.print(Text(f"\n[token {point:,}: {switched} of {len(schedule)} layers are state space now]", style="dim"))
+            notes.print(
+                Text(f"\n[token {point:,}: {switched} of {len(schedule)} layers are state space now]", style="dim")
+            )
         out.print(Text(text), end="")
         last[0] = position
 
     result = continue_prompt(
-        model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, on_piece=show
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        on_piece=show,
     )
     out.print()
     notes.print(
-        f"[dim]{result.end - result.prompt_tokens:,} tokens after {result.prompt_tokens:,}; cache {result.cache_bytes:,} bytes; schedule {schedule}[/dim]"
+        f"[dim]{result.end - result.prompt_tokens:,} tokens after {result.prompt_tokens:,}; "
+        f"cache {result.cache_bytes:,} bytes; schedule {schedule}[/dim]"
     )

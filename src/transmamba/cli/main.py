@@ -23,6 +23,7 @@ VERBS = {
     "generate": "Continue a prompt.",
     "evaluate": "Measure the loss per byte of a model, and the loss by position.",
     "schedule": "Show a TransPoint schedule: its modes, FLOPs and cache bytes.",
+    "convert": "Convert a pretrained Transformer without changing what it computes.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",
 }
 

@@ -7,10 +7,14 @@ import typer
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder to write; an earlier quickstart there is replaced.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier quickstart there is replaced.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Equal seeds give equal losses on one machine.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "cpu",
-    smoke: Annotated[bool, typer.Option("--smoke", help="Every step at a size where the numbers mean nothing.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Every step at a size where the numbers mean nothing.")
+    ] = False,
 ) -> None:
     """Train four small models on Python's documentation, compare them, write report.html."""
     from rich.console import Console

@@ -85,7 +85,9 @@ def find_initialisation(name: str | None, *, has_text: bool) -> tuple[str, Initi
     if name not in INITIALISATIONS:
         raise InputError(f"initialisation={name!r} is unknown; choose one of {', '.join(INITIALISATIONS)}.")
     if INITIALISATIONS[name].needs_text and not has_text:
-        raise InputError(f"initialisation={name!r} is fitted to text; give token ids as calibration, or choose 'local'.")
+        raise InputError(
+            f"initialisation={name!r} is fitted to text; give token ids as calibration, or choose 'local'."
+        )
     return name, INITIALISATIONS[name]
 
 
@@ -142,7 +144,9 @@ def calibrate(student: TransMambaForCausalLM, tokens: Tensor) -> dict[str, str]:
         )
     longest = student.config.max_position_embeddings
     if tokens.shape[1] > longest:
-        raise InputError(f"calibration has windows of {tokens.shape[1]} tokens and the model {longest} positions; cut them.")
+        raise InputError(
+            f"calibration has windows of {tokens.shape[1]} tokens and the model {longest} positions; cut them."
+        )
     largest = int(tokens.max())
     if largest >= student.config.vocab_size or int(tokens.min()) < 0:
         raise InputError(f"calibration has token id {largest}; the model knows 0 to {student.config.vocab_size - 1}.")
@@ -168,7 +172,9 @@ def calibrate(student: TransMambaForCausalLM, tokens: Tensor) -> dict[str, str]:
         for parameter, value in ((mixer.dt_bias, dt_bias), (mixer.A_log, A_log), (mixer.D, D)):
             parameter.copy_(value)
         prefix = f"model.layers.{number}.mixer."
-        words[f"{prefix}dt_bias"] = f"fitted: tau {tau.min():g} to {tau.max():g}, tau dt {gain.min():.2g} to {gain.max():.2g}"
+        words[f"{prefix}dt_bias"] = (
+            f"fitted: tau {tau.min():g} to {tau.max():g}, tau dt {gain.min():.2g} to {gain.max():.2g}"
+        )
         words[f"{prefix}A_log"] = "fitted: A = -1 / (tau dt)"
         words[f"{prefix}D"] = f"fitted: {D.min():.2g} to {D.max():.2g}"
     return words

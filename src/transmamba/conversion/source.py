@@ -25,6 +25,7 @@ from .sources import Family, find_family
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -80,13 +81,20 @@ def open_source(source: str | Path | PreTrainedModel) -> Source:
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer beside the model."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def find_folder(source: str | Path) -> Path:
     """The local folder of a checkpoint; a Hugging Face id is downloaded first, unless it is in the cache."""
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{source} is a file; give the folder of a checkpoint that holds config.json and safetensors.")
+        raise CheckpointError(
+            f"{source} is a file; give the folder of a checkpoint that holds config.json and safetensors."
+        )
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise CheckpointError(f"There is no {source}; give the folder of a checkpoint, or a Hugging Face id.")
     return _download(str(source))
@@ -111,7 +119,9 @@ def _from_model(model: PreTrainedModel) -> Source:
     family = find_family(name, model.config.model_type)
     state = model.state_dict()
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(f"{name} is no causal language model; give one, with its head, such as AutoModelForCausalLM loads.")
+        raise InputError(
+            f"{name} is no causal language model; give one, with its head, such as AutoModelForCausalLM loads."
+        )
     return Source(
         name=name,
         config=model.config,

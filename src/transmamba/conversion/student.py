@@ -16,7 +16,7 @@ from transmamba.schedule import TransPointSchedule
 
 from .initialisation import calibrate, describe_initial_value, draw_initial_value, find_initialisation
 from .plan import ConversionPlan, FreshParameter, IgnoredTensor, Move, check_moves
-from .source import HEAD, Source, open_source
+from .source import HEAD, Source, has_tokenizer, open_source
 
 # No convolution: one in both modes would change what softmax reads, and one in the state space alone would give the state other keys
 # and values than the cache holds, so that the Memory Converter could not hand them over. The gate can begin at 1, since z has a bias.
@@ -71,12 +71,18 @@ def plan_conversion(
     schedule: Sequence[int | None] | str | None = None,
     seq_len: int | None = None,
     initialisation: str | None = None,
-    has_text: bool = False,
+    has_text: bool | None = None,
     ssm_rope: bool = True,
 ) -> ConversionPlan:
-    """Return the table of a conversion without reading the weights. has_text: whether there will be text to calibrate on."""
+    """Return the table of a conversion without making the student.
+
+    has_text: whether there will be text to calibrate on; None = whether the source's folder has a tokenizer. The rest as in `convert`.
+    """
+    opened = open_source(source)
+    if has_text is None:
+        has_text = opened.folder is not None and has_tokenizer(opened.folder)
     plan, _ = make_plan(
-        open_source(source),
+        opened,
         schedule=schedule,
         seq_len=seq_len,
         initialisation=initialisation,
@@ -103,7 +109,9 @@ def make_plan(
     embedding = next(move.source for move in moves if move.target == "model.embed_tokens.weight")
     tied = source.is_tied(embedding)
     choices, notes = source.family.choices(source.config, seq_len)
-    config = TransMambaConfig(**_student_choices(source, choices, schedule, seq_len, ssm_rope), tie_word_embeddings=tied)
+    config = TransMambaConfig(
+        **_student_choices(source, choices, schedule, seq_len, ssm_rope), tie_word_embeddings=tied
+    )
     with torch.device("meta"):
         empty = TransMambaForCausalLM(config)
     shapes = {target: tuple(parameter.shape) for target, parameter in empty.named_parameters()}
@@ -143,7 +151,9 @@ def build_student(
     _, initialisation = find_initialisation(plan.initialisation, has_text=True)
     values: dict[str, Tensor] = {}
     for row in plan.copied:
-        values[row.target] = row.take(source.read(row.source)).to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        values[row.target] = row.take(source.read(row.source)).to(
+            dtype=dtype, copy=True, memory_format=torch.contiguous_format
+        )
     for row in plan.fresh:
         values[row.target] = draw_initial_value(initialisation, row.target, row.shape, config).to(dtype)
     student.load_state_dict(values, strict=False, assign=True)

@@ -1,12 +1,11 @@
 """Using trained models: loading, writing text, measuring speed."""
 
 from .checkpoint import load_checkpoint, without_progress_bars
-from .device import DEVICES, resolve_device
+from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
 
 __all__ = [
-    "DEVICES",
     "Continuation",
     "SpeedPoint",
     "continue_prompt",

@@ -4,22 +4,25 @@ import torch
 
 from transmamba.errors import InputError
 
-__all__ = ["DEVICES", "resolve_device"]
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
+__all__ = ["resolve_device"]
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first there is of cuda, mps and cpu.
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of this name, such as cpu, cuda, cuda:1 or mps; "auto" is the first there is of cuda, mps and cpu.
 
     Raises:
         InputError: the name is unknown, or this machine has no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, is_there in available.items() if is_there))
-    if name not in DEVICES:
-        raise InputError(f"device={name!r} is unknown; choose one of {', '.join(DEVICES)}.")
-    if not available[name]:
-        raise InputError(f"device={name!r} is not to be had here: torch sees none. Use 'cpu' or 'auto'.")
-    return torch.device(name)
+    here = [kind for kind, is_there in available.items() if is_there]
+    try:
+        device = torch.device(here[0] if name == "auto" else name)
+    except RuntimeError as error:  # the only type torch raises for a name it does not know
+        raise InputError(f"device {name!r} is not known; this machine has {', '.join(here)}, or say auto.") from error
+    if device.type not in here:
+        raise InputError(f"device {name!r} is not available; this machine has {', '.join(here)}, or say auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is beyond the {torch.cuda.device_count()} CUDA devices here, from cuda:0 on."
+        )
+    return device

@@ -14,7 +14,7 @@ from transmamba.models import TransMambaForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What a model wrote: pieces of text with the position of their first token; the first stands where the prompt ends."""
+    """What a model wrote: pieces of text with the position of their first token, beginning where the prompt ends."""
 
     prompt: str
     prompt_tokens: int
@@ -45,8 +45,8 @@ def continue_prompt(
 ) -> Continuation:
     """Write on after `prompt`; every finished piece of text goes to on_piece(position, text) as it is written.
 
-    temperature 0 takes the likeliest token; top_p samples among the likeliest that hold this share. stop_at_end: stop where the model
-    ends its document. An empty prompt starts a new document. seed None leaves the generator as it is.
+    temperature 0 takes the likeliest token; top_p samples among the likeliest that hold this share. stop_at_end: stop
+    where the model ends its document. An empty prompt starts a new document. seed None leaves the generator as it is.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1.")
@@ -58,7 +58,11 @@ def continue_prompt(
     if seed is not None:
         torch.manual_seed(seed)
     pieces = _Pieces(tokenizer, ids.shape[1], on_piece)
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = (
+        {"do_sample": False}
+        if temperature == 0
+        else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    )
     was_training = model.training
     model.eval()
     try:
@@ -85,7 +89,9 @@ def continue_prompt(
 class _Pieces(BaseStreamer):
     """Turns tokens into text as soon as they make whole characters."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, position: int, on_piece: Callable[[int, str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, position: int, on_piece: Callable[[int, str], None] | None
+    ) -> None:
         self.tokenizer = tokenizer
         self.on_piece = on_piece
         self.finished: list[tuple[int, str]] = []

@@ -33,13 +33,18 @@ def measure_speed(
 ) -> list[SpeedPoint]:
     """Time the model on random tokens, after one warm-up per length. The first decoded token is not timed."""
     if any(length < 1 for length in lengths) or decode_steps < 2 or repeats < 1:
-        raise InputError(f"lengths={list(lengths)}, decode_steps={decode_steps}, repeats={repeats}: give lengths >= 1, steps >= 2, repeats >= 1.")
+        raise InputError(
+            f"lengths={list(lengths)}, decode_steps={decode_steps}, repeats={repeats}: "
+            "give lengths >= 1, decode_steps >= 2, repeats >= 1."
+        )
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
     points = []
     for length in lengths:
-        tokens = torch.randint(model.config.vocab_size, (batch_size, length + decode_steps), generator=generator).to(model.device)
+        tokens = torch.randint(model.config.vocab_size, (batch_size, length + decode_steps), generator=generator).to(
+            model.device
+        )
         timings = [_time_once(model, tokens, length) for _ in range(repeats + 1)][1:]
         points.append(
             SpeedPoint(

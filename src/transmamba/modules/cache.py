@@ -1,7 +1,8 @@
 """One cache for both regimes: keys and values while a row is before a layer's TransPoint, a state after it.
 
-Keys are stored rotated, as attention reads them; at the switch they are turned back (the rotation is orthogonal) and become the state.
-Keys and values of a row are freed when it switches. Rows of a batch may stand at different positions and in different modes.
+Keys are stored rotated, as attention reads them; at the switch they are turned back (the rotation is orthogonal) and
+become the state. Keys and values of a row are freed when it switches. Rows of a batch may stand at different positions
+and in different modes.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,9 @@ REWIND = 32  # tokens that crop can take back where the convolution's inputs hav
 class TransMambaLayerCache(CacheLayerMixin):
     """What one layer remembers of every row.
 
-    keys, values (rows before the switch, capacity, num_key_value_heads, head_dim); dt (rows, capacity, state_heads), fp32, only where
-    there is a TransPoint to come; state (batch, state_heads, state_size, head_dim), fp32; conv (batch, at least conv_kernel - 1, channels),
-    the last inputs of the convolution.
+    keys, values (rows before the switch, capacity, num_key_value_heads, head_dim); dt (rows, capacity, state_heads),
+    fp32, only where there is a TransPoint to come; state (batch, state_heads, state_size, head_dim), fp32; conv (batch,
+    at least conv_kernel - 1, channels), the last inputs of the convolution.
     """
 
     is_compileable = False
@@ -52,7 +53,9 @@ class TransMambaLayerCache(CacheLayerMixin):
     def append(
         self, rows: Sequence[int], lengths: Sequence[int], keys: Tensor, values: Tensor, dt: Tensor | None, batch: int
     ) -> None:
-        """Add tokens to the given rows: keys and values (rows, max length, heads, head_dim), dt (rows, max length, heads), right padded."""
+        """Add tokens to the given rows: keys and values (rows, max length, heads, head_dim), dt (rows, max length,
+        heads), right padded.
+        """
         if self.keys is None:
             self.kv_rows, self.kv_lengths = list(range(batch)), [0] * batch
         places = [self.kv_rows.index(row) for row in rows]
@@ -178,7 +181,9 @@ class TransMambaCache(Cache):
 
     @property
     def rewind(self) -> int:
-        """Tokens for which crop needs the convolution's old inputs: none where a layer has switched, or will with the first token."""
+        """Tokens for which crop needs the convolution's old inputs: none where a layer has switched, or will with the
+        first token.
+        """
         return REWIND if self.is_croppable and 0 not in self.trans_points else 0
 
     def pasts(self, batch: int) -> list[int]:
@@ -232,7 +237,10 @@ class TransMambaCache(Cache):
             layer.reset()
 
     def crop(self, max_length: int) -> None:
-        """Keep the first max_length tokens; negative: take back that many. Refused, with the reason, where the past is gone."""
+        """Keep the first max_length tokens, or take back that many where it is negative.
+
+        Refused, with the reason, where the past is gone.
+        """
         count = -max_length if max_length < 0 else self.columns - max_length
         if count <= 0:
             return
@@ -241,8 +249,8 @@ class TransMambaCache(Cache):
         for number, layer in enumerate(self.layers):
             if layer.has_switched:
                 raise CacheError(
-                    f"cannot take back {count} tokens: layer {number} has switched at TransPoint {layer.trans_point}, and a state "
-                    "cannot be rewound. Keep a copy of the cache (copy.deepcopy) before the tokens that may be taken back."
+                    f"cannot take back {count} tokens: layer {number} has switched at TransPoint {layer.trans_point}, "
+                    "and a state cannot be rewound. Keep a copy of the cache (copy.deepcopy) before such tokens."
                 )
             if layer.conv is not None and layer.conv.shape[1] - count < layer.conv_kernel - 1:
                 room = layer.conv.shape[1] - layer.conv_kernel + 1
@@ -272,7 +280,10 @@ class TransMambaCache(Cache):
 
 
 def _with_room(store: Tensor | None, new: Tensor, rows: int, needed: int, trans_point: int | None) -> Tensor:
-    """Storage for `needed` tokens, with what was stored. A copy where gradients flow, since it is then written in place."""
+    """Storage for `needed` tokens, with what was stored.
+
+    A copy where gradients flow, since it is then written in place.
+    """
     tracked = torch.is_grad_enabled() and (new.requires_grad or (store is not None and store.requires_grad))
     if store is not None and store.shape[1] >= needed:
         return store.clone() if tracked else store

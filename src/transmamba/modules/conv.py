@@ -6,9 +6,11 @@ from transmamba.ops.causal_conv1d import depthwise_valid
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise convolution over inputs that already carry their past: (batch, channels, kernel - 1 + t) -> (batch, channels, t).
+    """Depthwise convolution over inputs that already carry their past: (batch, channels, kernel - 1 + t) -> (batch,
+    channels, t).
 
-    With nn.Conv1d's own arguments, and its own forward where it is not depthwise: LoRA makes its two factors of this class.
+    With nn.Conv1d's own arguments, and its own forward where it is not depthwise: LoRA makes its two factors of this
+    class.
     """
 
     def forward(self, input: Tensor) -> Tensor:

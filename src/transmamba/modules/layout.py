@@ -1,12 +1,14 @@
-"""How the tokens of a batch lie: which documents there are, where each begins, and which of its tokens are attention at a TransPoint.
+"""How the tokens of a batch lie: which documents there are, where each begins, and which of its tokens are attention at
+a TransPoint.
 
-A batch is *rectangular* when every row brings the same number of tokens of one document: hidden states stay (batch, seq_len, ...).
-Otherwise padding is removed and everything lies in one *flat* row, (1, tokens, ...), as documents one after the other.
+A batch is *rectangular* when every row brings the same number of tokens of one document: hidden states stay (batch,
+seq_len, ...). Otherwise padding is removed and everything lies in one *flat* row, (1, tokens, ...), as documents one
+after the other.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ class ModePlan:
 class TokenLayout:
     """Documents of a batch, in order. With a cache, document i continues the cache's row i.
 
-    lengths: new tokens of each document; pasts: its tokens before this call. gather: (tokens,) places of the real tokens in the
-    flattened batch, or None when there is no padding to remove.
+    lengths: new tokens of each document; pasts: its tokens before this call. gather: (tokens,) places of the real
+    tokens in the flattened batch, or None when there is no padding to remove.
     """
 
     batch: int
@@ -72,9 +74,10 @@ class TokenLayout:
     ) -> "TokenLayout":
         """Read the documents off what the caller gives.
 
-        attention_mask (batch, past columns + seq_len), 0 = padding, anywhere. position_ids (batch, seq_len): a document begins wherever
-        they do not rise by one; positions are counted anew from there, so offsets do not matter. cu_seqlens: borders of the flattened
-        batch. pasts: tokens that each row of a cache holds; a row is then one document that goes on, and position_ids are not read.
+        attention_mask (batch, past columns + seq_len), 0 = padding, anywhere. position_ids (batch, seq_len): a document
+        begins wherever they do not rise by one; positions are counted anew from there, so offsets do not matter.
+        cu_seqlens: borders of the flattened batch. pasts: tokens that each row of a cache holds; a row is then one
+        document that goes on, and position_ids are not read.
         """
         rows_only = (seq_len,) * batch
         if cu_seqlens is not None:
@@ -83,18 +86,19 @@ class TokenLayout:
                     "cu_seqlens describes packed documents; give it without attention_mask and without a cache."
                 )
             borders = _borders(cu_seqlens, batch * seq_len)
-            lengths = tuple(later - earlier for earlier, later in zip(borders, borders[1:], strict=False))
+            lengths = tuple(later - earlier for earlier, later in pairwise(borders))
             whole = lengths == rows_only
             return TokenLayout(batch, seq_len, lengths, (0,) * len(lengths), whole, device, packed=not whole)
-        mask = None if attention_mask is None else _new_columns(attention_mask, batch, seq_len)
+        mask = None if attention_mask is None else _new_columns(attention_mask, batch, seq_len, device)
         if mask is not None and bool(mask.all()):
             mask = None
         if pasts is not None:
             if mask is None:
                 return TokenLayout(batch, seq_len, rows_only, tuple(pasts), True, device)
             lengths = tuple(mask.sum(dim=1).tolist())
-            gather = mask.flatten().nonzero().flatten()
-            return TokenLayout(batch, seq_len, lengths, tuple(pasts), False, device, gather)
+            return TokenLayout(batch, seq_len, lengths, tuple(pasts), False, device, mask.flatten().nonzero().flatten())
+        if position_ids is not None:
+            position_ids = position_ids.to(device)
         starts = None if position_ids is None else _document_starts(position_ids, batch, seq_len)
         if mask is None and (starts is None or seq_len == 0 or not bool(starts[:, 1:].any())):
             return TokenLayout(batch, seq_len, rows_only, (0,) * batch, True, device)
@@ -183,18 +187,19 @@ class TokenLayout:
 
 def _borders(cu_seqlens: Tensor | Sequence[int], total: int) -> tuple[int, ...]:
     borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
-    falls = any(later < earlier for earlier, later in zip(borders, borders[1:], strict=False))
+    falls = any(later < earlier for earlier, later in pairwise(borders))
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != total or falls:
         raise InputError(f"cu_seqlens must rise from 0 to the {total} tokens of the batch; it is {list(borders)[:8]}.")
     return borders
 
 
-def _new_columns(attention_mask: Tensor, batch: int, seq_len: int) -> Tensor:
+def _new_columns(attention_mask: Tensor, batch: int, seq_len: int, device: torch.device) -> Tensor:
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq_len:
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, past + seq_len), here ({batch}, at least {seq_len}), 0 for padding."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, past + seq_len), "
+            f"here ({batch}, at least {seq_len}), 0 for padding."
         )
-    return attention_mask[:, attention_mask.shape[1] - seq_len :] != 0
+    return attention_mask[:, attention_mask.shape[1] - seq_len :].to(device) != 0
 
 
 def _document_starts(position_ids: Tensor, batch: int, seq_len: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""The TransMamba mixer: one set of projections, read as Q, K, V before the TransPoint and as C, B, x after it (arXiv 2503.24067, eq. 1 to 6).
+"""The TransMamba mixer: one set of projections, read as Q, K, V before the TransPoint and as C, B, x after it (arXiv
+2503.24067, eq. 1 to 6).
 
-Notable: convolution and SiLU act on q, k and v in both modes, before the split; the gate z acts on the SSM's output only; rotary
-embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotated keys; projections and the convolution are always
-called as modules. Letters: P the TransPoint, S state heads, n state_size = head_dim, p head_dim.
+Notable: convolution and SiLU act on q, k and v in both modes, before the split; the gate z acts on the SSM's output
+only; rotary embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotated keys; projections and
+the convolution are always called as modules. Letters: P the TransPoint, S state heads, n state_size = head_dim, p
+head_dim.
 """
 
 from collections.abc import Sequence
@@ -25,8 +27,9 @@ from transmamba.ops.rotary import undo_rotary
 class MixerConfig:
     """What one mixer is made of.
 
-    has_attention, has_ssm: the modes it owns parameters for. attention_output_bias: None = as attention_bias. qk_norm: an RMSNorm of every
-    head's q and k, in both modes. rotary: whether this layer has rotary embedding at all. gate_bias: of z_proj.
+    has_attention, has_ssm: the modes it owns parameters for. attention_output_bias: None = as attention_bias. qk_norm:
+    an RMSNorm of every head's q and k, in both modes. rotary: whether this layer has rotary embedding at all.
+    gate_bias: of z_proj.
     """
 
     hidden_size: int
@@ -51,7 +54,7 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """cos and sin at this call's positions, (1 or batch, seq_len, head_dim); and at positions 0, 1, ... for keys that are handed over."""
+    """cos and sin of this call's positions, (1 or batch, seq_len, head_dim), and of all before, for keys handed over."""
 
     cos: Tensor
     sin: Tensor
@@ -193,22 +196,26 @@ class TransMambaMixer(nn.Module):
 
         plan = layout.plan(point)
         q_r, k_r = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
-        y = torch.zeros(q.shape[0] * q.shape[1], *q.shape[2:], dtype=q.dtype, device=q.device)
+        shape = q.shape[:2]
+        y = torch.zeros(shape[0] * shape[1], *q.shape[2:], dtype=q.dtype, device=q.device)
         chosen = plan.attention
         if chosen.documents:
-            picked = (None if x is None else x.flatten(0, 1)[chosen.index] for x in (q_r, k_r, v, dt))
-            out = self._attend(*picked, chosen.documents, chosen.lengths, cache, batch)
+            q_r, k_r, picked_v = (x.flatten(0, 1)[chosen.index] for x in (q_r, k_r, v))
+            picked_dt = None if dt is None else dt.flatten(0, 1)[chosen.index]
+            out = self._attend(q_r, k_r, picked_v, picked_dt, chosen.documents, chosen.lengths, cache, batch)
             out = out.flatten(0, 1) if chosen.inside is None else out[chosen.inside]
             y = y.index_copy(0, chosen.flat_index, out)
         chosen = plan.ssm
         if chosen.documents:
             self._hand_over(cache.before_switch(chosen.documents), A, rotary, cache, batch)
-            equal = chosen.inside is None
-            index = chosen.index if equal else chosen.flat_index[None]
-            picked = (None if x is None else x.flatten(0, 1)[index] for x in (q, k, v, dt))
-            out = self._scan(*picked, A, chosen.documents, cache, batch, borders=None if equal else chosen.borders)
+            assert dt is not None
+            index, borders = (
+                (chosen.index, None) if chosen.inside is None else (chosen.flat_index[None], chosen.borders)
+            )
+            q, k, v, dt = (x.flatten(0, 1)[index] for x in (q, k, v, dt))
+            out = self._scan(q, k, v, dt, A, chosen.documents, cache, batch, borders=borders)
             y = y.index_copy(0, chosen.flat_index, out.flatten(0, 1))
-        return y.unflatten(0, q.shape[:2])
+        return y.unflatten(0, shape)
 
     def _attend(
         self,
@@ -225,8 +232,14 @@ class TransMambaMixer(nn.Module):
         cache.append(rows, lengths, k_r, v, dt if self.trans_point is not None else None, batch)
         keys, values, _, key_lengths = cache.read(rows)
         ragged = len(set(lengths)) > 1 or len(set(key_lengths)) > 1
-        extents = {"query_lengths": lengths, "key_lengths": key_lengths} if ragged else {}
-        return softmax_attention(q_r, keys, values, validate=False, **extents)
+        return softmax_attention(
+            q_r,
+            keys,
+            values,
+            query_lengths=lengths if ragged else None,
+            key_lengths=key_lengths if ragged else None,
+            validate=False,
+        )
 
     def _hand_over(
         self,
@@ -245,8 +258,8 @@ class TransMambaMixer(nn.Module):
         if rotary is not None:
             if rotary.past_cos is None or rotary.past_sin is None:
                 raise CacheError(
-                    "this rope_type changes its frequencies with the length, so cached keys cannot be handed to the state; "
-                    "use another rope_type, or set the TransPoints to None or 0."
+                    "this rope_type changes its frequencies with the length, so cached keys cannot be handed to the "
+                    "state; use another rope_type, or set the TransPoints to None or 0."
                 )
             length = keys.shape[1]
             keys = undo_rotary(keys, rotary.past_cos[:, :length], rotary.past_sin[:, :length])
@@ -274,7 +287,7 @@ class TransMambaMixer(nn.Module):
         if state is not None and len(rows) < batch:
             state = state[torch.tensor(rows, device=state.device)]
         if borders is None and q.shape[1] == 1 and state is not None:
-            y, state = ssd_step(state, *(x[:, 0] for x in (q, k, v, dt)), A, self.D, validate=False)
+            y, state = ssd_step(state, q[:, 0], k[:, 0], v[:, 0], dt[:, 0], A, self.D, validate=False)
             y = y.unsqueeze(1)
         else:
             y, state = ssd_scan(
@@ -284,7 +297,10 @@ class TransMambaMixer(nn.Module):
         return y
 
     def _finish(self, y: Tensor, hidden: Tensor, layout: TokenLayout) -> Tensor:
-        """Gate the SSM's outputs, and normalise each mode by itself where mode_norm asks for it. y (batch, seq_len, width)."""
+        """Gate the SSM's outputs, and normalise each mode by itself where mode_norm asks for it.
+
+        y (batch, seq_len, width).
+        """
         c = self.config
         if not c.mode_norm and not (c.use_gate and c.has_ssm):
             return y

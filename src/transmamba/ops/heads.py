@@ -26,8 +26,9 @@ def head_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def head_multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Elementwise product per head: (batch, a, ...) and (batch, b, ...), trailing dimensions broadcast -> (batch,
-    max(a, b), ...).
+    """Elementwise product per head: (batch, a, ...) and (batch, b, ...) -> (batch, max(a, b), ...).
+
+    Trailing dimensions broadcast.
     """
     left, right = nested_heads(left, right)
     a, b = left.shape[1], right.shape[1]

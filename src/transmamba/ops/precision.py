@@ -1,6 +1,4 @@
-"""Ops decide their own precision: autocast, which would put cumulative sums and states into 16 bits, stops at their
-door.
-"""
+"""Ops decide their own precision: autocast, which would put sums and states into 16 bits, stops at their door."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,6 +10,8 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # asking torch whether a device has it breaks torch.compile's graph
+
 
 def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
     """Run an op as if autocast were off on its tensors' device; its inputs keep the dtypes they have."""
@@ -19,7 +19,7 @@ def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
     @wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return op(*args, **kwargs)

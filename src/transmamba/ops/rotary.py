@@ -14,8 +14,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def undo_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Invert apply_rotary, also where cos and sin carry an attention scaling;
-    fp32 (fp64 for fp64 inputs), so that 16 bits round once.
+    """Invert apply_rotary, also where cos and sin carry an attention scaling.
+
+    The result is fp32 (fp64 for fp64 inputs), so that 16 bits round once.
     """
     dtype = accumulation_dtype(x)
     cos, sin = cos.to(dtype), sin.to(dtype)

@@ -1,7 +1,7 @@
 """The quickstart: four models of one size learn Python's documentation, then are compared in a report.
 
-The baselines are in their standard form, with as many parameters as TransMamba V9. All see the same tokens in the same order.
-A folder of a quickstart holds
+The baselines are in their standard form, with as many parameters as TransMamba V9. All see the same tokens in the same
+order. A folder of a quickstart holds
     report.html     the page to look at; report.json its numbers
     corpus/         the documents, and the tokenizer trained on them
     <model>/        the run of each model: run.json, history.jsonl, checkpoint-*/, model/
@@ -41,7 +41,10 @@ MARKER = ".transmamba-quickstart"
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSize:
-    """How much the quickstart does. tokens: read by each model in training. lengths: contexts at which speed is measured."""
+    """How much the quickstart does.
+
+    tokens: read by each model in training. lengths: contexts at which speed is measured.
+    """
 
     tokens: int
     seq_len: int = 256
@@ -54,11 +57,16 @@ class QuickstartSize:
 
 
 FULL = QuickstartSize(tokens=400_000)
-SMOKE = QuickstartSize(tokens=8_192, lengths=(64, 512), new_tokens=80)  # every step of it, for tests: the numbers mean nothing
+SMOKE = QuickstartSize(
+    tokens=8_192, lengths=(64, 512), new_tokens=80
+)  # every step of it, for tests: the numbers mean nothing
 
 
-def run_quickstart(output: Path, *, size: QuickstartSize = FULL, seed: int = 0, device: str = "cpu") -> QuickstartReport:
-    """Train, measure and compare; write everything into `output`, which must be new or an earlier quickstart's (then replaced).
+def run_quickstart(
+    output: Path, *, size: QuickstartSize = FULL, seed: int = 0, device: str = "cpu"
+) -> QuickstartReport:
+    """Train, measure and compare; write everything into `output`, which must be new or an earlier quickstart's (then
+    replaced).
 
     Two runs with one seed on one CPU give the same losses.
 
@@ -137,7 +145,9 @@ def quickstart_run(
 def _claim_folder(output: Path) -> None:
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not (output / MARKER).is_file()):
-            raise RecipeError(f"output={str(output)!r} holds something that is not a quickstart; give another --output.")
+            raise RecipeError(
+                f"output={str(output)!r} holds something that is not a quickstart; give another --output."
+            )
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARKER).touch()
@@ -173,7 +183,13 @@ def _measured(name: str, trained: TrainedModel, size: QuickstartSize, seed: int)
 
 def _sample(trained: TrainedModel, prompt: str, size: QuickstartSize, seed: int) -> CrossedSample:
     written = continue_prompt(
-        trained.model, trained.tokenizer, prompt, max_new_tokens=size.new_tokens, temperature=0.7, seed=seed, stop_at_end=False
+        trained.model,
+        trained.tokenizer,
+        prompt,
+        max_new_tokens=size.new_tokens,
+        temperature=0.7,
+        seed=seed,
+        stop_at_end=False,
     )
     return CrossedSample(model=SUBJECT, prompt=prompt, pieces=written.pieces)
 
@@ -181,5 +197,5 @@ def _sample(trained: TrainedModel, prompt: str, size: QuickstartSize, seed: int)
 def _describe(documents: Documents) -> str:
     size = sum(len(text.encode()) for text in [*documents.train, *documents.validation])
     count = len(documents.train) + len(documents.validation)
-    return f"the documentation that comes with Python {platform.python_version()}: {count:,} documents, {size / 1e6:.1f} MB"
-
+    python = platform.python_version()
+    return f"the documentation that comes with Python {python}: {count:,} documents, {size / 1e6:.1f} MB"

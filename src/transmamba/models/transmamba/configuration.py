@@ -19,25 +19,32 @@ class TransMambaConfig(PreTrainedConfig):
     """Sizes and choices of a TransMamba language model.
 
     Args:
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, hidden_act,
-            attention_bias, mlp_bias, rope_parameters, tie_word_embeddings, initializer_range: as in Llama. intermediate_size = 0: no MLP.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        rms_norm_eps, hidden_act,
+            attention_bias, mlp_bias, rope_parameters, tie_word_embeddings, initializer_range: as in Llama.
+                intermediate_size = 0: no MLP.
         trans_points: a TransPointSchedule, a list with an int or None per layer, or a schedule's name. Default: V9 for
             max_position_embeddings, with None where it would switch at or beyond that length.
-        max_position_embeddings: the length the model is trained at. Layers that never switched within it have an untrained SSM.
-        num_state_heads: heads of dt, A and the state; a multiple of num_key_value_heads that divides num_attention_heads.
+        max_position_embeddings: the length the model is trained at. Layers that never switched within it have an
+            untrained SSM.
+        num_state_heads: heads of dt, A and the state; a multiple of num_key_value_heads that divides
+            num_attention_heads.
         conv_kernel: taps of the causal convolution on q, k and v in both modes; 0 = none.
         use_gate: gate the SSM's output with SiLU(z). gate_bias: z has a bias, so that the gate can begin constant.
         mode_norm: an RMSNorm of each mode's output before o_proj (the SSM's is Mamba-2's gated norm).
         ssm_rope: rotary embedding in both modes; otherwise inside softmax only.
-        mixer_form: "shared" = every layer can run both modes. "standard" = each layer is a plain Transformer layer (trans_point None:
-            no convolution, gate or SSM parameters) or a Mamba-2 layer with gated norm (trans_point 0); the schedule is then fixed.
+        mixer_form: "shared" = every layer can run both modes. "standard" = each layer is a plain Transformer layer
+            (trans_point None: no convolution, gate or SSM parameters) or a Mamba-2 layer with gated norm (trans_point
+            0); the schedule is then fixed.
         A_init_range, dt_min, dt_max, dt_init_floor: initial values of A and dt, as in Mamba-2.
         norm_type: "rms", or "layer" = with mean and bias; rms_norm_eps is the epsilon of either.
         qk_norm: an RMSNorm of every head's q and k before the rotary embedding, in both modes (Qwen3).
         attention_output_bias: of o_proj; None = attention_bias (Qwen2 has biases on q, k and v alone).
         mlp_gated: SwiGLU; otherwise down(act(up(x))) (GPT-2).
-        position_embedding: "rotary", or "learned" = a table of max_position_embeddings added to the token embeddings, and no rotary embedding.
-        rope_layers: whether each layer has rotary embedding, a bool per layer; None = all (SmolLM3 leaves out every fourth).
+        position_embedding: "rotary", or "learned" = a table of max_position_embeddings added to the token embeddings,
+            and no rotary embedding.
+        rope_layers: whether each layer has rotary embedding, a bool per layer; None = all (SmolLM3 leaves out every
+            fourth).
     """
 
     model_type = "transmamba"
@@ -131,8 +138,8 @@ def _schedule(given: Any, config: TransMambaConfig) -> TransPointSchedule:
         for layer, point in enumerate(schedule):
             if point not in (None, 0):
                 raise InputError(
-                    f"layer {layer} has TransPoint {point}, but mixer_form='standard' has layers of one mode only: use 0 or None, "
-                    "or mixer_form='shared'."
+                    f"layer {layer} has TransPoint {point}, but mixer_form='standard' has layers of one mode only: "
+                    "use 0 or None, or mixer_form='shared'."
                 )
     return schedule
 
@@ -163,7 +170,8 @@ def _check_sizes(config: TransMambaConfig) -> None:
         raise InputError(f"A_init_range={[low, high]} must be 0 < low <= high; Mamba-2 uses [1, 16].")
     if not 0 < config.dt_min <= config.dt_max:
         raise InputError(
-            f"dt_min={config.dt_min} and dt_max={config.dt_max} must be 0 < dt_min <= dt_max; Mamba-2 uses 0.001 and 0.1."
+            f"dt_min={config.dt_min} and dt_max={config.dt_max} must be 0 < dt_min <= dt_max; "
+            "Mamba-2 uses 0.001 and 0.1."
         )
 
 
@@ -173,7 +181,8 @@ def _check_positions(config: TransMambaConfig) -> None:
     given = config.rope_layers
     if given is not None and len(given) != config.num_hidden_layers:
         raise InputError(
-            f"rope_layers has {len(given)} entries and the model {config.num_hidden_layers} layers; give a bool per layer."
+            f"rope_layers has {len(given)} entries and the model {config.num_hidden_layers} layers; "
+            "give a bool per layer."
         )
     for layer, entry in enumerate(given or ()):
         if not isinstance(entry, bool):

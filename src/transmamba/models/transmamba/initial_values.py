@@ -29,7 +29,8 @@ class InitialValue:
 def initial_values(config: TransMambaConfig) -> tuple[InitialValue, ...]:
     """One row per kind of parameter; the first row whose ending fits a parameter's name counts.
 
-    std of projections into the residual stream is divided by sqrt(2 * layers), as in GPT-2. A_log and dt_bias are Mamba-2's.
+    std of projections into the residual stream is divided by sqrt(2 * layers), as in GPT-2. A_log and dt_bias are
+    Mamba-2's.
     """
     std = config.initializer_range
     residual_std = std / math.sqrt(2 * config.num_hidden_layers)

@@ -1,13 +1,13 @@
 """The TransMamba language model: embedding, layers of mixer and MLP, head; a transformers PreTrainedModel.
 
-Notable: a layer is pre-norm residual as in Llama; padding is removed before the first layer and packed documents are told apart by
-their positions, so every execution (full, packed, padded, chunked, stepwise) computes the same function of the document; baselines are
-schedules of this model, or its "standard" form.
+Notable: a layer is pre-norm residual as in Llama; padding is removed before the first layer and packed documents are
+told apart by their positions, so every execution (full, packed, padded, chunked, stepwise) computes the same function
+of the document; baselines are schedules of this model, or its "standard" form.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class TransMambaModel(TransMambaPreTrainedModel):
 
     def __init__(self, config: TransMambaConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [TransMambaDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
         )
@@ -86,22 +86,29 @@ class TransMambaModel(TransMambaPreTrainedModel):
         self.post_init()
 
     def set_trans_points(self, schedule: Sequence[int | None] | str) -> TransPointSchedule:
-        """Run with another schedule from now on: a TransPointSchedule, a list, or a name. Caches made before do not fit it any more."""
+        """Run with another schedule from now on: a TransPointSchedule, a list, or a name.
+
+        Caches made before do not fit it any more.
+        """
         checked = self.config.check_schedule(schedule)
         if self.config.mixer_form == "standard" and list(checked) != self.config.trans_points:
             raise InputError(
-                f"mixer_form='standard' has one mode per layer, fixed at {self.config.trans_points}; a model that can change its "
-                "schedule has mixer_form='shared'."
+                f"mixer_form='standard' has one mode per layer, fixed at {self.config.trans_points}; "
+                "a model that can change its schedule has mixer_form='shared'."
             )
         self.config.trans_points = checked.to_list()
-        for layer, point in zip(self.layers, checked, strict=True):
-            layer.mixer.trans_point = point
+        for mixer, point in zip(self._mixers(), checked, strict=True):
+            mixer.trans_point = point
         return checked
 
     def make_cache(self) -> TransMambaCache:
         """An empty cache for the current schedule."""
-        kernels = [0 if layer.mixer.conv1d is None else self.config.conv_kernel for layer in self.layers]
-        return TransMambaCache([layer.mixer.trans_point for layer in self.layers], kernels)
+        mixers = self._mixers()
+        kernels = [0 if mixer.conv1d is None else self.config.conv_kernel for mixer in mixers]
+        return TransMambaCache([mixer.trans_point for mixer in mixers], kernels)
+
+    def _mixers(self) -> list[TransMambaMixer]:
+        return [cast(TransMambaDecoderLayer, layer).mixer for layer in self.layers]
 
     @can_return_tuple
     def forward(
@@ -121,9 +128,10 @@ class TransMambaModel(TransMambaPreTrainedModel):
 
         Args:
             input_ids: (batch, seq_len); or inputs_embeds (batch, seq_len, hidden_size).
-            attention_mask: (batch, past + seq_len), 0 = padding, on either side. Hidden states of padding are zero before the norm.
-            position_ids: (batch, seq_len). Where they do not rise by one, a new document begins (packing). Positions are counted within
-                the document in any case; with a cache they are not read.
+            attention_mask: (batch, past + seq_len), 0 = padding, on either side. Hidden states of padding are zero
+                before the norm.
+            position_ids: (batch, seq_len). Where they do not rise by one, a new document begins (packing). Positions
+                are counted within the document in any case; with a cache they are not read.
             cu_seqlens: borders of packed documents over the flattened batch, instead of position_ids.
             past_key_values: a TransMambaCache of this schedule, from an earlier call or make_cache().
         """
@@ -189,7 +197,8 @@ class TransMambaModel(TransMambaPreTrainedModel):
             )
         if given.trans_points != self.config.trans_points:
             raise CacheError(
-                f"this cache was made for the schedule {given.trans_points} and the model runs {self.config.trans_points}; begin a new one."
+                f"this cache was made for the schedule {given.trans_points} and the model runs "
+                f"{self.config.trans_points}; begin a new one."
             )
         return given
 
@@ -197,7 +206,8 @@ class TransMambaModel(TransMambaPreTrainedModel):
         room = self.config.max_position_embeddings
         if layout.longest > room:
             raise InputError(
-                f"a document has {layout.longest} tokens and this model learned {room} positions; give at most {room}, or cut the document."
+                f"a document has {layout.longest} tokens and this model learned {room} positions; "
+                f"give at most {room}, or cut the document."
             )
         return layout.positions()
 
@@ -209,7 +219,7 @@ class TransMambaModel(TransMambaPreTrainedModel):
         cos, sin = self.rotary_emb(like, layout.positions())
         crossed = [p for p in self.config.trans_points if p and layout.crosses(p)]
         reach = 0 if self.config.ssm_rope else max([0, *crossed])  # torch.compile cannot trace max's default
-        if not reach or self.config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
+        if not reach or self.rotary_emb.rope_type in LENGTH_DEPENDENT_ROPE:
             return RotaryTables(cos, sin)
         return RotaryTables(cos, sin, *self.rotary_emb(like, torch.arange(reach, device=hidden.device)[None]))
 
@@ -274,7 +284,8 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits (batch, seq_len or logits_to_keep, vocab_size), and the loss when labels are given.
 
-        labels: (batch, seq_len), shifted here; -100 is ignored. logits_to_keep: only the last n positions, or the positions given.
+        labels: (batch, seq_len), shifted here; -100 is ignored. logits_to_keep: only the last n positions, or the
+            positions given.
         The rest as in TransMambaModel.forward.
         """
         outputs = self.model(
@@ -306,15 +317,17 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise InputError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not fit TransMamba, whose cache changes its form "
-                "at the TransPoints; leave it unset."
+                f"cache_implementation={generation_config.cache_implementation!r} does not fit TransMamba, "
+                "whose cache changes its form at the TransPoints; leave it unset."
             )
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.make_cache()
 
 
 class TransMambaRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, with frequencies that stay fp32 when the model is cast: in bf16 they are off by radians at position 1,000."""
+    """Llama's, with frequencies that stay fp32 when the model is cast: in bf16 they are off by radians at position
+    1,000.
+    """
 
     inv_freq: Tensor
 
@@ -340,7 +353,9 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
         if config.intermediate_size:
             self.post_attention_layernorm = _norm(config)
             form = GatedMLP if config.mlp_gated else PlainMLP
-            self.mlp = form(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
+            self.mlp: GatedMLP | PlainMLP | None = form(
+                config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
+            )
         else:
             self.mlp = None
 
@@ -359,15 +374,15 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
 
 
 def mixer_config(config: TransMambaConfig, trans_point: int | None, *, rotary: bool = True) -> MixerConfig:
-    """The mixer of a layer with this TransPoint; in the standard form it depends on it. rotary: whether the layer has rotary embedding."""
+    """The mixer of a layer; in the standard form it depends on the TransPoint. rotary: whether the layer has it."""
     standard = config.mixer_form == "standard"
     is_attention, is_ssm = standard and trans_point is None, standard and trans_point is not None
     return MixerConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        num_state_heads=config.num_state_heads,
-        head_dim=config.head_dim,
+        num_key_value_heads=cast(int, config.num_key_value_heads),  # the config has filled these in
+        num_state_heads=cast(int, config.num_state_heads),
+        head_dim=cast(int, config.head_dim),
         conv_kernel=0 if is_attention else config.conv_kernel,
         conv_bias=config.conv_bias,
         attention_bias=config.attention_bias,

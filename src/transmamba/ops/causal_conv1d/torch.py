@@ -1,5 +1,6 @@
-"""causal_conv1d in plain PyTorch: one multiply-add per tap over whole sequences;
-documents are parted by their own pasts.
+"""causal_conv1d in plain PyTorch: one multiply-add per tap over whole sequences.
+
+Packed documents are parted by their own pasts.
 """
 
 from collections.abc import Sequence

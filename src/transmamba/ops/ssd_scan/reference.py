@@ -25,7 +25,10 @@ def ssd_scan_reference(
     if cu_seqlens is not None:
         pieces = [
             ssd_scan_reference(
-                *(x[:, start:end] for x in (q, k, v, dt)),
+                q[:, start:end],
+                k[:, start:end],
+                v[:, start:end],
+                dt[:, start:end],
                 A,
                 D,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
