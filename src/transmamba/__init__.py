@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .conversion import convert
     from .errors import TransMambaError
     from .models import TransMambaConfig, TransMambaForCausalLM, TransMambaModel
     from .modules import TransMambaCache
@@ -27,6 +28,7 @@ _HOMES = {
     "TransMambaForCausalLM": "models",
     "TransMambaModel": "models",
     "TransPointSchedule": "schedule",
+    "convert": "conversion",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "TransMambaModel",
     "TransPointSchedule",
     "__version__",
+    "convert",
 ]
 
 

@@ -46,7 +46,7 @@ def convert(
     console = Console()
     if dry_run:
         plan = plan_conversion(source, schedule=schedule, seq_len=seq_len, initialisation=initialisation)
-        _print_plan(console, plan)
+        _print_plan(Console(width=console.width if console.is_terminal else 160), plan)
         return
     texts = load_documents(TextSource(source=calibration, validation_share=0)).train
     done = convert_checkpoint(
