@@ -1,9 +1,10 @@
-"""How well the state space imitates attention before any training: KL(teacher || student) of converted models, by initialisation.
+"""How well the state space imitates attention before any training: KL(teacher || student), by initialisation.
 
     python benchmarks/conversion/bench_initialisations.py
 
-The teacher is a real checkpoint, the text what it was not trained on; V9 scaled to the window, and every layer a state space from the
-first token. Calibration text is never the text that is judged. Needs the development data (TRANSMAMBA_DATA).
+The teacher is a real checkpoint, the text what it was not trained on; V9 scaled to the window, and every layer a state
+space from the first token. Calibration text is never the text that is judged. Needs the development data
+(TRANSMAMBA_DATA).
 """
 
 import argparse

@@ -19,6 +19,16 @@ from transmamba.errors import RecipeError
 
 # Every verb, with its arguments and flags. A flag names an input, an output or a device; the rest is the recipe's.
 FLAGS = {
+    "convert": {
+        "SOURCE",
+        "OUT",
+        "--calibration",
+        "--device",
+        "--dry-run",
+        "--initialisation",
+        "--schedule",
+        "--seq-len",
+    },
     "doctor": {"--device"},
     "evaluate": {"CHECKPOINT", "--device", "--json", "--text", "--trans-points"},
     "generate": {

@@ -1,4 +1,4 @@
-"""Tiny random Transformers of every family that can be converted, in which no parameter keeps a value at which it would not show."""
+"""Tiny random Transformers of every family that can be converted; no parameter has a value that would not show."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def save_source(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes; the last entry is the end of a text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate([*letters, "<end>"])}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate([*letters, "<end>"])}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")

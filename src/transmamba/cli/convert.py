@@ -1,4 +1,4 @@
-"""transmamba convert: a pretrained Transformer becomes a TransMamba; what it computes stays the same until it is told to switch."""
+"""transmamba convert: a pretrained Transformer becomes a TransMamba that computes the same until told to switch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,7 +55,8 @@ def convert(
     for note in done.plan.notes:
         console.print(note, markup=False, highlight=False)
     console.print(
-        f"{done.folder}: {len(done.plan.copied)} parameters from {source}, {len(done.plan.fresh)} fresh ({done.plan.initialisation}), "
+        f"{done.folder}: {len(done.plan.copied)} parameters from {source}, "
+        f"{len(done.plan.fresh)} fresh ({done.plan.initialisation}), "
         f"TransPoints {','.join('none' if point is None else str(point) for point in done.plan.trans_points)}",
         markup=False,
         highlight=False,

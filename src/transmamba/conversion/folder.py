@@ -1,6 +1,7 @@
 """From a checkpoint to a folder with the student, checked against its source before the folder appears.
 
-The folder holds the student as save_pretrained writes it, the source's tokenizer and generation config, and conversion.json, the table.
+The folder holds the student as save_pretrained writes it, the source's tokenizer and generation config, and the table
+as conversion.json.
 """
 
 import gc
@@ -24,7 +25,13 @@ from .initialisation import calibrate
 from .plan import ConversionPlan
 from .source import Source, has_tokenizer, open_source
 from .student import build_student, make_plan
-from .verification import LARGEST_DIFFERENCE, all_attention_logits, logits_of, relative_difference
+from .verification import (
+    LARGEST_DIFFERENCE,
+    all_attention_logits,
+    check_finite,
+    logits_of,
+    relative_difference,
+)
 
 TABLE = "conversion.json"
 CHECKED_TOKENS = 128  # in a row, or as many as the model has positions
@@ -34,7 +41,7 @@ PIECE, SPREAD = 8192, 97  # characters; a prime, so that periods in a corpus do 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertedFolder:
-    """What a conversion wrote. difference: max |student - source| / max |source| over the logits of the checked tokens, in fp32."""
+    """What a conversion wrote. difference: max |student - source| / max |source| over logits, in fp32."""
 
     folder: Path
     plan: ConversionPlan
@@ -54,8 +61,8 @@ def convert_checkpoint(
 ) -> ConvertedFolder:
     """Convert a checkpoint, check that nothing was lost, and write the student into the new folder `out`.
 
-    texts: of any length, to fit the state space to; used when the source has a tokenizer. The other arguments are as in `convert`.
-    Either the whole folder appears or nothing.
+    texts: of any length, to fit the state space to; used when the source has a tokenizer. The other arguments are as
+    in `convert`. Either the whole folder appears or nothing.
 
     Raises:
         CheckpointError: the source cannot be converted, or the student's logits are not the source's.
@@ -115,12 +122,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor | None:
-    """At most CALIBRATION_WINDOWS windows, (windows, length), from all over the texts; None where they are too short for one."""
+    """At most CALIBRATION_WINDOWS windows, (windows, length), from all over the texts; None where all are shorter."""
     pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
     windows: list[list[int]] = []
     for first in range(SPREAD):  # every SPREAD-th piece, then those between them
@@ -137,7 +144,10 @@ def _source_logits(source: Source, tokens: dict[str, Tensor], device: torch.devi
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, use_safetensors=True)
     model.to(device).eval()
-    return {name: logits_of(model, ids).cpu() for name, ids in tokens.items()}
+    exact = {name: logits_of(model, ids).cpu() for name, ids in tokens.items()}
+    for logits in exact.values():
+        check_finite(logits)
+    return exact
 
 
 def _difference(folder: Path, tokens: dict[str, Tensor], exact: dict[str, Tensor], device: torch.device | str) -> float:

@@ -1,11 +1,12 @@
 """Initial values of what a Transformer does not have: the parameters that make its q, k and v a state space.
 
-All but "mamba2" begin with a gate of 1 and a step size that does not depend on the token, so a head is a linear attention with two numbers:
+All but "mamba2" begin with a gate of 1 and a step size that does not depend on the token, so a head is a linear
+attention with three numbers:
 
     y_t = sum_j exp(-(t - j) / tau) g (q_t . k_j) v_j + D v_t        dt = g, A = -1 / (tau g)
 
-tau is its time constant in tokens, g the weight of a token; the scale of the output is in g, so no parameter of its own is needed.
-"calibrated" fits tau, g and D of every head to the attention of the source, on text.
+tau is its time constant in tokens, g the weight of a token; the scale of the output is in g, so it needs no parameter
+of its own. "calibrated" fits tau, g and D of every head to the attention of the source, on text.
 """
 
 import math
@@ -31,8 +32,9 @@ LEAST_GAIN = 1e-3  # of tau g: a head whose best weight is negative keeps a grad
 class Initialisation:
     """A row of the table. With text, the values are then fitted to it.
 
-    time_constants: shortest and longest tau, spaced evenly in their logarithm over the heads; None as longest = max_position_embeddings;
-    None = the initial values of a model that is trained from scratch. total_weight: tau g is head_dim to this power.
+    time_constants: shortest and longest tau, spaced evenly in their logarithm over the heads; None as longest =
+    max_position_embeddings; None = the initial values of a model that is trained from scratch. total_weight: tau g is
+    head_dim to this power.
     """
 
     summary: str
@@ -50,7 +52,9 @@ class Initialisation:
 
     def gains(self, config: TransMambaConfig) -> Tensor:
         """tau g of the heads, (num_state_heads,)."""
-        return torch.full((config.num_state_heads,), config.head_dim**self.total_weight)
+        assert config.num_state_heads is not None
+        assert config.head_dim is not None
+        return torch.full((config.num_state_heads,), float(config.head_dim) ** self.total_weight)
 
 
 LOCAL = Initialisation(
@@ -134,13 +138,15 @@ def draw_initial_value(
 
 @torch.no_grad()
 def calibrate(student: TransMambaForCausalLM, tokens: Tensor) -> dict[str, str]:
-    """Fit tau, g and D of every head to its attention on tokens (windows, window length); return the new values in words, by parameter.
+    """Fit tau, g and D of every head to its attention on tokens (windows, window length).
 
-    Every layer reads what it reads in the source. tau is the best power of two up to the window, g and D the least squares given tau.
+    Returns the new values in words, by parameter. Every layer reads what it reads in the source. tau is the best power
+    of two up to the window, g and D the least squares given tau.
     """
     if tokens.dim() != 2 or 0 in tokens.shape or tokens.is_floating_point():
         raise InputError(
-            f"calibration has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give token ids (windows, window length)."
+            f"calibration has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give token ids "
+            "(windows, window length)."
         )
     longest = student.config.max_position_embeddings
     if tokens.shape[1] > longest:
@@ -151,7 +157,7 @@ def calibrate(student: TransMambaForCausalLM, tokens: Tensor) -> dict[str, str]:
     if largest >= student.config.vocab_size or int(tokens.min()) < 0:
         raise InputError(f"calibration has token id {largest}; the model knows 0 to {student.config.vocab_size - 1}.")
     taus = [2.0**power for power in range(tokens.shape[1].bit_length())]
-    mixers = [layer.mixer for layer in student.model.layers]
+    mixers: list[Any] = [layer.mixer for layer in student.model.layers]
     fits = [_HeadFit(taus) for _ in mixers]
     schedule = student.config.schedule
     student.set_trans_points("transformer")
@@ -187,7 +193,8 @@ class _HeadFit:
         self.taus = taus
         self.hidden: Tensor | None = None
         self.rotary: RotaryTables | None = None
-        # Of every tau: scan . scan, scan . v, scan . attention; then v . v, v . attention, attention . attention. (sums, heads), fp64
+        # (sums, heads), fp64. Of every tau: scan . scan, scan . v, scan . attention; then v . v, v . attention,
+        # attention . attention.
         self.sums: Tensor | float = 0.0
 
     def add(self, mixer: TransMambaMixer, attention: Tensor) -> None:
@@ -219,7 +226,8 @@ class _HeadFit:
         assert isinstance(self.sums, Tensor)
         ss, sv, sy = self.sums[:-3].unflatten(0, (-1, 3)).unbind(1)  # (taus, heads)
         vv, vy, yy = self.sums[-3:]
-        determinant = (ss * vv - sv * sv).clamp(min=1e-12 * (ss * vv).max())  # 0 where the scan is a multiple of v
+        floor = 1e-12 * ss * vv + 1e-30  # reached where the scan is a multiple of v, or 0
+        determinant = torch.maximum(ss * vv - sv * sv, floor)
         gain = ((sy * vv - vy * sv) / determinant).clamp(min=LEAST_GAIN)
         D = (vy - gain * sv) / vv.clamp(min=1e-30)
         error = yy - 2 * gain * sy - 2 * D * vy + gain**2 * ss + 2 * gain * D * sv + D**2 * vv

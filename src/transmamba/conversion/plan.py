@@ -1,8 +1,9 @@
-"""A conversion is a table: where every parameter of the student comes from, and where every tensor of the source goes."""
+"""A conversion is a table: where every parameter of the student comes from, where every tensor of the source goes."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor
@@ -90,7 +91,7 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionPlan:
-    """The table of one conversion; also the report of what was done. Iterating gives a row per parameter of the student.
+    """The table of one conversion, and the report of what was done. Iterating gives a row per parameter.
 
     notes: what a user should know of this source. trans_points: the student's schedule.
     """
@@ -170,8 +171,8 @@ def check_moves(
     unknown = sorted(set(source_shapes) - set(by_source) - passed_over)
     if unknown:
         raise CheckpointError(
-            f"{name} has {unknown[0]}{_and_more(unknown)}, which has no place in the student; a model with parts of its "
-            "own cannot be converted without loss. Convert the plain causal language model."
+            f"{name} has {unknown[0]}{_and_more(unknown)}, which has no place in the student; a model with parts of "
+            "its own cannot be converted without loss. Convert the plain causal language model."
         )
     targets = [move.target for move in moves]
     assert len(set(targets)) == len(targets), "a parameter has two sources"
@@ -195,7 +196,7 @@ def _check_whole(name: str, source: str, shape: tuple[int, ...], parts: list[Par
         )
     joints = [(part.start, part.stop) for part in cut]
     assert joints[0][0] == 0, f"the parts of {source} leave out its beginning"
-    assert all(stop == start for (_, stop), (start, _) in zip(joints, joints[1:], strict=False)), f"{source} has gaps"
+    assert all(stop == start for (_, stop), (start, _) in pairwise(joints)), f"{source} has gaps"
 
 
 def _row(
@@ -209,8 +210,8 @@ def _row(
         found.reverse()
     if tuple(found) != wanted:
         raise CheckpointError(
-            f"{name}: {move.source} has shape {shape}, which gives {tuple(found)} for {move.target}; config.json asks for "
-            f"{wanted}. The weights and config.json do not belong together."
+            f"{name}: {move.source} has shape {shape}, which gives {tuple(found)} for {move.target}; config.json asks "
+            f"for {wanted}. The weights and config.json do not belong together."
         )
     return CopiedParameter(
         target=move.target, shape=wanted, source=move.source, part=move.part, transform=move.transform

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,8 +110,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"There is no folder {name}, and it could not be had as a Hugging Face id ({type(error).__name__}); check the name, "
-            "the network, and for gated models `hf auth login`."
+            f"There is no folder {name}, and it could not be had as a Hugging Face id ({type(error).__name__}); check "
+            "the name, the network, and for gated models `hf auth login`."
         ) from error
 
 
@@ -136,7 +137,7 @@ def _from_model(model: PreTrainedModel) -> Source:
 def _read_config(folder: Path, family: Family) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[family.model_type].from_pretrained(folder)
-    except (OSError, TypeError, ValueError, KeyError) as error:
+    except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a {family.model_type}: {error}") from error
 
 
@@ -162,7 +163,8 @@ def _read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, .
         other = sorted(path.name for path in folder.glob("*.bin"))
         pickles = f"; {other[0]} may be a pickle, which is never read" if other else ""
         raise CheckpointError(
-            f"{folder} has no {WEIGHTS}{pickles}. Save the model as safetensors first (save_pretrained in transformers)."
+            f"{folder} has no {WEIGHTS}{pickles}. Save the model as safetensors first, with transformers' "
+            "save_pretrained."
         )
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}

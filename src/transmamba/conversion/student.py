@@ -15,11 +15,12 @@ from transmamba.models.transmamba.modeling import TransMambaRotaryEmbedding
 from transmamba.schedule import TransPointSchedule
 
 from .initialisation import calibrate, describe_initial_value, draw_initial_value, find_initialisation
-from .plan import ConversionPlan, FreshParameter, IgnoredTensor, Move, check_moves
+from .plan import ConversionPlan, CopiedParameter, FreshParameter, IgnoredTensor, Move, check_moves
 from .source import HEAD, Source, has_tokenizer, open_source
 
-# No convolution: one in both modes would change what softmax reads, and one in the state space alone would give the state other keys
-# and values than the cache holds, so that the Memory Converter could not hand them over. The gate can begin at 1, since z has a bias.
+# No convolution: one in both modes would change what softmax reads, and one in the state space alone would give the
+# state other keys and values than the cache holds, so that the Memory Converter could not hand them over. The gate can
+# begin at 1, since z has a bias.
 STUDENT_CHOICES = {"conv_kernel": 0, "use_gate": True, "gate_bias": True, "mixer_form": "shared"}
 FRESH = ("dt_proj.weight", "dt_bias", "A_log", ".D", "z_proj.weight", "z_proj.bias")
 
@@ -34,15 +35,17 @@ def convert(
     ssm_rope: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[TransMambaForCausalLM, ConversionPlan]:
-    """Return a student whose logits are the source's while every TransPoint is None, and the table of what came from where.
+    """Return a student with the source's logits while every TransPoint is None, and the table of what came from where.
 
     Args:
-        source: a folder, a Hugging Face id, or a causal language model in memory (which is copied from, and left as it is).
+        source: a folder, a Hugging Face id, or a causal language model in memory, which is left as it is.
         schedule: the student's TransPoints, or a name; None = never switch. Entries at or beyond seq_len become None.
         seq_len: the length that the student is meant for, which named schedules are scaled to; None = the source's.
-        initialisation: of the state space, a name of INITIALISATIONS; None = "calibrated" with calibration, else "local".
+        initialisation: of the state space, a name of INITIALISATIONS; None = "calibrated" with calibration, else
+            "local".
         calibration: token ids (windows, window length) of text to fit the state space to.
-        ssm_rope: whether the state space reads rotated q and k, as softmax does. No difference where there is no rotary embedding.
+        ssm_rope: whether the state space reads rotated q and k, as softmax does. No difference where there is no
+            rotary embedding.
         dtype: of the student; None = the source's.
 
     Raises:
@@ -76,7 +79,8 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Return the table of a conversion without making the student.
 
-    has_text: whether there will be text to calibrate on; None = whether the source's folder has a tokenizer. The rest as in `convert`.
+    has_text: whether there will be text to calibrate on; None = whether the source's folder has a tokenizer. The rest
+    as in `convert`.
     """
     opened = open_source(source)
     if has_text is None:
@@ -119,7 +123,7 @@ def make_plan(
     if not tied:
         moves.append(Move(source=HEAD, target=HEAD))
     copied = {row.target: row for row in check_moves(source.name, moves, ignored, source.shapes, shapes)}
-    rows = []
+    rows: list[CopiedParameter | FreshParameter] = []
     for target, shape in shapes.items():
         if target in copied:
             rows.append(copied[target])
@@ -142,7 +146,7 @@ def make_plan(
 def build_student(
     source: Source, plan: ConversionPlan, config: TransMambaConfig, *, dtype: torch.dtype | None
 ) -> TransMambaForCausalLM:
-    """The model of a plan, in evaluation mode. Tensors are read one by one, so memory holds the student and one of them."""
+    """The model of a plan, in evaluation mode. Tensors are read one by one; memory holds the student and one."""
     dtype = dtype or source.dtype
     with torch.device("meta"):
         student = TransMambaForCausalLM(config)
@@ -154,8 +158,8 @@ def build_student(
         values[row.target] = row.take(source.read(row.source)).to(
             dtype=dtype, copy=True, memory_format=torch.contiguous_format
         )
-    for row in plan.fresh:
-        values[row.target] = draw_initial_value(initialisation, row.target, row.shape, config).to(dtype)
+    for fresh in plan.fresh:
+        values[fresh.target] = draw_initial_value(initialisation, fresh.target, fresh.shape, config).to(dtype)
     student.load_state_dict(values, strict=False, assign=True)
     student.tie_weights()
     left = [name for name, parameter in student.named_parameters() if parameter.is_meta]

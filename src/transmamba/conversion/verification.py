@@ -35,12 +35,13 @@ def all_attention_logits(student: TransMambaForCausalLM, tokens: Tensor) -> Tens
 
 
 def relative_difference(exact: Tensor, found: Tensor) -> float:
-    """Return max |found - exact| / max |exact|.
-
-    Raises:
-        CheckpointError: the source's logits are not finite, so nothing can be compared.
-    """
+    """Return max |found - exact| / max |exact|; exact must be finite."""
+    check_finite(exact)
     exact, found = exact.double().cpu(), found.double().cpu()
-    if not exact.isfinite().all():
-        raise CheckpointError("the source's logits are not finite; its weights are damaged or overflow.")
     return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits of a source with which nothing can be compared."""
+    if not logits.isfinite().all():
+        raise CheckpointError("the source's logits are not finite; its weights are damaged or overflow.")

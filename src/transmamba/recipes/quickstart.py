@@ -56,7 +56,7 @@ class QuickstartSize:
     new_tokens: int = 240
 
 
-FULL = QuickstartSize(tokens=400_000)
+FULL = QuickstartSize(tokens=260_000)
 SMOKE = QuickstartSize(
     tokens=8_192, lengths=(64, 512), new_tokens=80
 )  # every step of it, for tests: the numbers mean nothing

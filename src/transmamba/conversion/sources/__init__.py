@@ -1,4 +1,4 @@
-"""The families of checkpoints that can be converted: for each, the student's configuration and the table of its tensors."""
+"""The families of checkpoints that can be converted: for each, the student's configuration and the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from transmamba.conversion.plan import Move
+from transmamba.conversion.sources.gpt2 import IGNORED_OF_GPT2, gpt2_choices, gpt2_moves
+from transmamba.conversion.sources.llama import IGNORED_OF_LLAMA, llama_choices, llama_moves
 from transmamba.errors import CheckpointError
 
-from .gpt2 import IGNORED_OF_GPT2, gpt2_choices, gpt2_moves
-from .llama import IGNORED_OF_LLAMA, llama_choices, llama_moves
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
@@ -19,8 +19,9 @@ __all__ = ["FAMILIES", "Family", "find_family"]
 class Family:
     """How one model_type is read.
 
-    prefix: of the backbone's tensors; checkpoints of the bare backbone leave it out. ignored: endings (regular expressions) of tensors
-    that are not parameters, with the reason. choices: fields of TransMambaConfig, and notes for the user. moves: the table.
+    prefix: of the backbone's tensors; checkpoints of the bare backbone leave it out. ignored: endings (regular
+    expressions) of tensors that are not parameters, with the reason. choices: fields of TransMambaConfig, and notes for
+    the user. moves: the table.
     """
 
     model_type: str
@@ -38,7 +39,8 @@ def find_family(name: str, model_type: str | None) -> Family:
     """
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"{name} is a model of type {model_type!r}, which cannot be converted; known are {', '.join(sorted(FAMILIES))}."
+            f"{name} is a model of type {model_type!r}, which cannot be converted; known are "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 

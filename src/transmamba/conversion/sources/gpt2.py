@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm, learned positions, a plain MLP, biases, and weights stored as (inputs, outputs) with q, k and v in one."""
+"""GPT-2: LayerNorm, learned positions, a plain MLP, biases; weights are (inputs, outputs), with q, k and v in one."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ IGNORED_OF_GPT2 = ((r"attn\.(masked_)?bias", "a causal mask, which is no paramet
 
 
 def gpt2_choices(config: PreTrainedConfig, seq_len: int | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of TransMambaConfig, and notes. seq_len: the longest document that the student is meant for; None = the source's."""
+    """Fields of TransMambaConfig, and notes. seq_len: the length the student is meant for; None = the source's."""
     assert isinstance(config, GPT2Config)
     for name, usual in (
         ("scale_attn_weights", True),
@@ -20,10 +20,9 @@ def gpt2_choices(config: PreTrainedConfig, seq_len: int | None) -> tuple[dict[st
     ):
         if getattr(config, name) != usual:
             raise CheckpointError(f"{name}={not usual} has no counterpart here; only {name}={usual} can be converted.")
-    if seq_len is not None and seq_len > config.n_positions:
-        raise InputError(
-            f"seq_len={seq_len} is longer than the source's {config.n_positions} positions; give at most {config.n_positions}."
-        )
+    longest = config.n_positions
+    if seq_len is not None and seq_len > longest:
+        raise InputError(f"seq_len={seq_len} is longer than the source's {longest} positions; give at most {longest}.")
     choices = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -69,7 +68,7 @@ def _both(source: str, target: str) -> list[Move]:
 
 
 def _linear(source: str, target: str, start: int | None = None, stop: int = 0) -> list[Move]:
-    """weight (inputs, outputs) and bias (outputs,); of the outputs only those from start to stop, where start is given."""
+    """weight (inputs, outputs) and bias (outputs,); only outputs from start to stop, where start is given."""
     weight, bias = (None if start is None else Part(dim=dim, start=start, stop=stop) for dim in (1, 0))
     return [
         Move(source=f"{source}.weight", target=f"{target}.weight", transform="transpose", part=weight),

@@ -11,7 +11,7 @@ IGNORED_OF_LLAMA = ((r"rotary_emb\.inv_freq", "a table that the config gives"),)
 
 
 def llama_choices(config: PreTrainedConfig, seq_len: int | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of TransMambaConfig, and notes. seq_len: the longest document that the student is meant for; None = the source's."""
+    """Fields of TransMambaConfig, and notes. seq_len: the length the student is meant for; None = the source's."""
     assert isinstance(config, LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config | SmolLM3Config)
     max_length, notes = _length(config, seq_len)
     choices = {
@@ -54,7 +54,7 @@ def llama_moves(config: PreTrainedConfig) -> list[Move]:
 
 def _parameters(config: PreTrainedConfig) -> dict[str, bool]:
     """The choices that decide which parameters there are."""
-    choices = {}
+    choices: dict[str, bool] = {}
     if isinstance(config, Qwen2Config):
         choices |= {"attention_bias": True, "attention_output_bias": False}
     elif isinstance(config, LlamaConfig | Qwen3Config | SmolLM3Config):
@@ -81,7 +81,7 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 
 def _length(config: PreTrainedConfig, seq_len: int | None) -> tuple[int, tuple[str, ...]]:
-    """The student's max_position_embeddings: the source's, or no more than a sliding window that the student does not have."""
+    """The student's max_position_embeddings: the source's, or no more than its sliding window, which is left out."""
     longest, window = config.max_position_embeddings, _window(config)
     if seq_len is not None and seq_len > longest:
         raise InputError(f"seq_len={seq_len} is longer than the source's {longest} positions; give at most {longest}.")

@@ -103,7 +103,7 @@ class TransMambaConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         _check_positions(self)
-        if self.position_embedding == "rotary" and self.head_dim % 2:
+        if self.head_dim % 2:
             raise InputError(f"head_dim={self.head_dim} must be even for rotary embedding; try {self.head_dim + 1}.")
         self.A_init_range = list(self.A_init_range)
         self.rope_layers = None if self.rope_layers is None else list(self.rope_layers)

@@ -16,7 +16,7 @@ from transmamba.ops.heads import accumulation_dtype, expand_heads, head_matmul, 
 from transmamba.ops.ssd_step.torch import add_skip
 
 CHUNK_SIZE = 64
-# Faster on a CPU while a state is cheap to carry: fastest of 16 to 256 for 32 x 32 and 64 x 64, not for 128 x 64.
+# On a CPU, 32 is best overall for states of 32 x 32 to 64 x 64, and 64 for 128 x 64: docs/ops/ssd_scan.md, 2026-11-23.
 SMALL_CHUNK_SIZE, SMALL_STATE = 32, 4096
 
 
