@@ -226,7 +226,7 @@ class _HeadFit:
         assert isinstance(self.sums, Tensor)
         ss, sv, sy = self.sums[:-3].unflatten(0, (-1, 3)).unbind(1)  # (taus, heads)
         vv, vy, yy = self.sums[-3:]
-        floor = 1e-12 * ss * vv + 1e-30  # reached where the scan is a multiple of v, or 0
+        floor = 1e-5 * ss * vv + 1e-30  # reached where the scan is a multiple of v, up to fp32, or 0
         determinant = torch.maximum(ss * vv - sv * sv, floor)
         gain = ((sy * vv - vy * sv) / determinant).clamp(min=LEAST_GAIN)
         D = (vy - gain * sv) / vv.clamp(min=1e-30)
@@ -258,7 +258,7 @@ def _watched(mixers: list[Any], fits: list[_HeadFit]) -> Iterator[None]:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((0, 1, 3), dtype=torch.float64)
+    return (a * b).sum((0, 1, 3)).cpu().double()  # not every device has fp64
 
 
 def _step_parameters(tau: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:

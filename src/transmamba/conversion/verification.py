@@ -37,7 +37,7 @@ def all_attention_logits(student: TransMambaForCausalLM, tokens: Tensor) -> Tens
 def relative_difference(exact: Tensor, found: Tensor) -> float:
     """Return max |found - exact| / max |exact|; exact must be finite."""
     check_finite(exact)
-    exact, found = exact.double().cpu(), found.double().cpu()
+    exact, found = exact.cpu().double(), found.cpu().double()
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 

@@ -11,7 +11,6 @@ from transmamba.conversion.sources.gpt2 import IGNORED_OF_GPT2, gpt2_choices, gp
 from transmamba.conversion.sources.llama import IGNORED_OF_LLAMA, llama_choices, llama_moves
 from transmamba.errors import CheckpointError
 
-
 __all__ = ["FAMILIES", "Family", "find_family"]
 
 
