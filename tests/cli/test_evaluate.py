@@ -50,7 +50,7 @@ def test_another_text_and_another_schedule_can_be_asked_for(folder: Path, capsys
         (["{folder}", "--text", "absent.txt"], "absent.txt"),
         (["{folder}", "--trans-points", "0,0"], "2"),
         (["{folder}", "--json", "absent/score.json"], "there is no folder absent"),
-        (["{folder}", "--device", "tpu"], "device='tpu' is unknown"),
+        (["{folder}", "--device", "tpu"], "device 'tpu' is not"),
     ],
     ids=str,
 )

@@ -57,7 +57,7 @@ def test_a_recipe_is_trained_and_summed_up(
         (["--set", "epochs=1"], "Give exactly one of max_steps, max_tokens and epochs"),
         (["--set", "model.hidden_size=33"], "must divide hidden_size=33"),
         (["--text", "absent.txt"], "absent.txt"),
-        (["--device", "tpu"], "device='tpu' is unknown"),
+        (["--device", "tpu"], "device 'tpu' is not"),
     ],
     ids=str,
 )
