@@ -283,11 +283,10 @@ def test_a_missing_or_wrong_parquet_column_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
     """A Hub whose every data set has two rows that name the split; the calls are recorded in the list it gives."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     calls = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, *, split: str) -> Any:
         calls.append((name, config, split))
         return datasets.Dataset.from_dict({"id": [1, 2], "text": [f"{split} one", f"{split} two"]})
 
@@ -320,6 +319,7 @@ def test_what_is_here_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_data_set_that_cannot_be_loaded_is_named() -> None:
+    pytest.importorskip("datasets")
     with pytest.raises(CorpusError, match="no file or folder 'owner/no-such-set:de', and no Hugging Face data set"):
         read_all("owner/no-such-set:de")
 

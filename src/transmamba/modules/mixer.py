@@ -54,7 +54,7 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """cos and sin of this call's positions, (1 or batch, seq_len, head_dim), and of all before, for keys handed over."""
+    """cos and sin at this call's positions, (1 or batch, seq_len, head_dim), and at all before for keys handed over."""
 
     cos: Tensor
     sin: Tensor
