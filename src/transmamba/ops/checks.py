@@ -8,6 +8,7 @@ nowhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def check_trans_point(op: str, trans_point: int | None) -> None:
     """Raise unless the TransPoint is None or a whole number >= 0."""
     if trans_point is None:
         return
-    if isinstance(trans_point, bool) or not isinstance(trans_point, int) or trans_point < 0:
+    if isinstance(trans_point, bool) or not isinstance(trans_point, Integral) or trans_point < 0:
         raise InputError(f"{op}: trans_point is {trans_point!r}; give a whole number >= 0, or None to never switch.")
 
 
