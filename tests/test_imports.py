@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "transmamba"
 
 # A room may import the rooms of earlier lines, and itself; rooms of one line do not know each other.
 ORDER = [
-    {"_version", "errors"},
+    {"_version", "errors", "progress"},
     {"schedule"},
     {"ops"},
     {"modules"},
@@ -25,7 +25,7 @@ ORDER = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Tighter than the order: data reads text and knows no model; a report is asked for by a recipe or a command.
-ONLY_IMPORTS = {"data": {"data", "errors"}}
+ONLY_IMPORTS = {"data": {"data", "errors", "progress"}}
 ONLY_IMPORTED_BY = {"report": {"report", "recipes", "cli"}, "recipes": {"recipes", "cli"}}
 
 # What may be absent where transmamba is imported. Inside a function, its absence can be explained.

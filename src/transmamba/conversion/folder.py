@@ -7,19 +7,19 @@ as conversion.json.
 import gc
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from transmamba._version import __version__
 from transmamba.errors import CheckpointError, InputError
 from transmamba.models import TransMambaForCausalLM
+from transmamba.progress import without_progress_bars
 
 from .initialisation import calibrate
 from .plan import ConversionPlan
@@ -141,7 +141,7 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leng
 
 
 def _source_logits(source: Source, tokens: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    with _quiet():
+    with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, use_safetensors=True)
     model.to(device).eval()
     exact = {name: logits_of(model, ids).cpu() for name, ids in tokens.items()}
@@ -152,7 +152,7 @@ def _source_logits(source: Source, tokens: dict[str, Tensor], device: torch.devi
 
 def _difference(folder: Path, tokens: dict[str, Tensor], exact: dict[str, Tensor], device: torch.device | str) -> float:
     """The largest relative difference of what was written, read again."""
-    with _quiet():
+    with without_progress_bars():
         student = TransMambaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     student.to(device).eval()
     differences = {
@@ -171,22 +171,10 @@ def _write(
     folder: Path, student: TransMambaForCausalLM, source: Source, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     assert source.folder is not None
-    with _quiet():
+    with without_progress_bars():
         student.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     generation = source.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars for files that are read and written in a moment."""
-    were_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            transformers_logging.enable_progress_bar()

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transmamba.data.progress import progress_bar
 from transmamba.errors import CorpusError
+from transmamba.progress import progress_bar
 
 __all__ = ["BUILTIN_CORPORA", "PYTHON_DOCS", "load_builtin"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from transmamba.data.progress import progress_bar
 from transmamba.data.tokenizers import document_encoder, token_byte_lengths
 from transmamba.errors import CorpusError, InputError
+from transmamba.progress import progress_bar
 
 __all__ = ["IGNORE_INDEX", "PackedDataset", "pack_documents"]
 

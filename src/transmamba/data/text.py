@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from transmamba.data.builtin import load_builtin
-from transmamba.data.progress import progress_bar
 from transmamba.errors import CorpusError
+from transmamba.progress import progress_bar
 
 __all__ = ["Documents", "TextSource", "load_documents"]
 

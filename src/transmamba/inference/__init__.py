@@ -1,6 +1,6 @@
 """Using trained models: loading, writing text, measuring speed."""
 
-from .checkpoint import load_checkpoint, without_progress_bars
+from .checkpoint import load_checkpoint
 from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
@@ -12,5 +12,4 @@ __all__ = [
     "load_checkpoint",
     "measure_speed",
     "resolve_device",
-    "without_progress_bars",
 ]

@@ -1,20 +1,18 @@
 """Loading a trained model with its tokenizer, and saying in words what is wrong with a folder that is not one."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from transmamba.errors import CheckpointError, TransMambaError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
+from transmamba.progress import without_progress_bars
 
-__all__ = ["load_checkpoint", "without_progress_bars"]
+__all__ = ["load_checkpoint"]
 
 MODEL_FOLDER = "model"  # in the folder of a run
 WEIGHTS = "model.safetensors"
@@ -48,18 +46,6 @@ def load_checkpoint(
     with without_progress_bars():
         model = TransMambaForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     return model.to(device).eval(), tokenizer
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for files that are written and read in a moment."""
-    were_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _model_folder(path: Path) -> Path:

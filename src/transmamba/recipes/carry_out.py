@@ -28,9 +28,10 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transmamba._version import __version__
 from transmamba.data import PackedDataset, TextSource, load_documents, load_tokenizer, pack_documents
 from transmamba.errors import CheckpointError, RecipeError
-from transmamba.inference.checkpoint import load_checkpoint, without_progress_bars
+from transmamba.inference.checkpoint import load_checkpoint
 from transmamba.inference.device import resolve_device
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
+from transmamba.progress import without_progress_bars
 from transmamba.recipes.language_model import LanguageModelRun
 from transmamba.recipes.sizes import count_parameters
 from transmamba.tasks import Evaluation, evaluate_language_model

@@ -21,7 +21,8 @@ from pathlib import Path
 from transmamba._version import __version__
 from transmamba.data import Documents, TextSource, load_documents, load_tokenizer
 from transmamba.errors import RecipeError
-from transmamba.inference import continue_prompt, measure_speed, resolve_device, without_progress_bars
+from transmamba.inference import continue_prompt, measure_speed, resolve_device
+from transmamba.progress import without_progress_bars
 from transmamba.recipes.carry_out import TrainedModel, train_language_model
 from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
 from transmamba.report import CrossedSample, ModelRun, QuickstartReport

@@ -6,9 +6,7 @@ positions below P and in its SSM from P on.
 
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +17,12 @@ from transformers import PreTrainedModel
 
 from transmamba.errors import InputError
 from transmamba.models import TransMambaForCausalLM
+from transmamba.progress import progress_bar
 
 __all__ = ["Evaluation", "PositionLoss", "Windows", "evaluate_language_model"]
 
 IGNORE_INDEX = -100  # a label that is not predicted; Hugging Face's convention
 LOGITS_AT_ONCE = 1 << 24  # elements: 64 MiB in fp32
-SECONDS_BEFORE_SHOWN = 1.0
 
 
 class Windows(Protocol):
@@ -93,7 +91,7 @@ def evaluate_language_model(
     was_training = model.training
     model.eval()
     try:
-        with _progress("Evaluating", len(indices)) as advance:
+        with progress_bar("Evaluating", len(indices)) as advance:
             for start in range(0, len(indices), batch_size):
                 chosen = indices[start : start + batch_size]
                 windows = [dataset[index] for index in chosen]
@@ -200,26 +198,3 @@ def _doubling_bins(seq_len: int) -> Iterator[tuple[int, int]]:
     while start < seq_len:
         yield start, min(end, seq_len)
         start, end = end, 2 * end
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, after one second, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(description, total=total)
-    began = time.monotonic()
-
-    def advance(amount: int) -> None:
-        bar.advance(task, amount)
-        if not bar.live.is_started and time.monotonic() - began > SECONDS_BEFORE_SHOWN:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()

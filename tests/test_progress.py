@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from transmamba.data import progress
+from transmamba import progress
 
 
 @pytest.fixture

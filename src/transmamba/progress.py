@@ -1,4 +1,4 @@
-"""A progress bar for work that may take more than a second."""
+"""A progress bar for work that may take more than a second, and silence for other people's."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar"]
+__all__ = ["progress_bar", "without_progress_bars"]
 
 SECONDS_BEFORE_SHOWN = 1.0
 
@@ -34,3 +34,17 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for files that are written and read in a moment."""
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
