@@ -138,6 +138,27 @@ class TransPointSchedule(tuple[int | None, ...]):
         _check_count("seq_len", seq_len)
         return type(self)(None if entry is None or entry >= seq_len else entry for entry in self)
 
+    def partway(self, seq_len: int, share: float | Sequence[float]) -> Self:
+        """The schedule this far on the way from attention throughout, at share 0, to this one, at share 1.
+
+        On the way, P + 1 moves by equal factors from `seq_len` + 1 to its place, and stands at the next of four lengths
+        to an octave, so that few lengths occur. A layer that never switches within `seq_len` is None throughout.
+        share: between 0 and 1, one for all layers or one for each.
+        """
+        _check_count("seq_len", seq_len)
+        shares = [share] * len(self) if isinstance(share, int | float) else list(share)
+        if len(shares) != len(self) or not all(0 <= one <= 1 for one in shares):
+            raise ScheduleError(f"share={share!r} must be a number from 0 to 1, or {len(self)} of them, one per layer.")
+        entries: list[int | None] = []
+        for entry, one in zip(self, shares, strict=True):
+            if entry is None or entry >= seq_len or one == 1:
+                entries.append(entry)
+            else:
+                place = round((seq_len + 1) ** (1 - one) * (entry + 1) ** one) - 1
+                step = 1 << max(0, place.bit_length() - 3)
+                entries.append(-(-place // step) * step)
+        return type(self)(entries).stays_attention_from(seq_len)
+
     def segments(self, seq_len: int) -> list[tuple[int, int]]:
         """The stretches (start, end) of [0, seq_len) within which no layer switches."""
         _check_count("seq_len", seq_len)

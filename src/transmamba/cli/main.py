@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "Measure the loss per byte of a model, and the loss by position.",
     "schedule": "Show a TransPoint schedule: its modes, FLOPs and cache bytes.",
     "convert": "Convert a pretrained Transformer without changing what it computes.",
+    "distill": "Distil a teacher into a TransMamba while its TransPoints come down.",
+    "record": "Store a teacher's most probable next tokens, for distillation without it.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",
 }
 

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transmamba.errors import RecipeError
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,37 +32,19 @@ def train(
     ] = None,
 ) -> None:
     """Train a language model from a recipe."""
-    import logging
-
     from rich.console import Console
-    from rich.logging import RichHandler
 
+    from transmamba.cli._settings import assignments, logging_to
     from transmamba.recipes import find_recipe, train_language_model, with_fields
 
     named = {"text.source": text, "tokenizer": tokenizer, "output": None if output is None else str(output)}
     changes = {name: value for name, value in named.items() if value is not None}
-    changes |= dict(map(_assignment, settings or []))
+    changes |= assignments(settings)
     run = with_fields(find_recipe(recipe)(), changes)
 
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    logger = logging.getLogger("transmamba")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
+    with logging_to(Console(stderr=True)):
         trained = train_language_model(run, resume=resume, device=device)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
     _print_summary(Console(), trained)
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise RecipeError(f"--set {text!r} is not of the form NAME=VALUE, such as learning_rate=1e-3.")
-    return name.strip(), value
 
 
 def _print_summary(console: "Console", trained: "TrainedModel") -> None:

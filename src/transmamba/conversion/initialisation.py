@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transmamba.errors import InputError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 from transmamba.models.transmamba.initial_values import apply_initial_value, find_initial_value, initial_values
-from transmamba.modules import RotaryTables, TransMambaMixer
+from transmamba.modules import RotaryTables, TokenLayout, TransMambaMixer
 from transmamba.ops import apply_rotary, ssd_scan
 
 OPEN_GATE = 1.2784645427610738  # silu of it is 1
@@ -193,6 +193,7 @@ class _HeadFit:
         self.taus = taus
         self.hidden: Tensor | None = None
         self.rotary: RotaryTables | None = None
+        self.layout: TokenLayout | None = None
         # (sums, heads), fp64. Of every tau: scan . scan, scan . v, scan . attention; then v . v, v . attention,
         # attention . attention.
         self.sums: Tensor | float = 0.0
@@ -200,15 +201,11 @@ class _HeadFit:
     def add(self, mixer: TransMambaMixer, attention: Tensor) -> None:
         """attention: what o_proj reads, (1, seq_len, heads * head_dim)."""
         assert self.hidden is not None
+        assert self.layout is not None
         c = mixer.config
         assert c.conv_kernel == 0
         assert c.num_state_heads == c.num_attention_heads
-        q, k, v = (
-            projection(self.hidden).unflatten(-1, (-1, c.head_dim))
-            for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-        )
-        if mixer.q_norm is not None and mixer.k_norm is not None:
-            q, k = mixer.q_norm(q), mixer.k_norm(k)
+        q, k, v = mixer.project(self.hidden, self.layout)
         if c.ssm_rope and c.rotary and self.rotary is not None:
             q, k = (apply_rotary(x, self.rotary.cos, self.rotary.sin) for x in (q, k))
         q, k, v, attention = (x.float() for x in (q, k, v, attention.unflatten(-1, (-1, c.head_dim))))
@@ -243,11 +240,11 @@ def _watched(mixers: list[Any], fits: list[_HeadFit]) -> Iterator[None]:
     for mixer, fit in zip(mixers, fits, strict=True):
 
         def remember(_: nn.Module, inputs: tuple[Any, ...], fit: _HeadFit = fit) -> None:
-            fit.hidden, fit.rotary = inputs[0], inputs[1]
+            fit.hidden, fit.rotary, fit.layout = inputs[:3]
 
         def add(_: nn.Module, inputs: tuple[Any, ...], fit: _HeadFit = fit, mixer: Any = mixer) -> None:
             fit.add(mixer, inputs[0])
-            fit.hidden = fit.rotary = None
+            fit.hidden = fit.rotary = fit.layout = None
 
         handles += [mixer.register_forward_pre_hook(remember), mixer.o_proj.register_forward_pre_hook(add)]
     try:

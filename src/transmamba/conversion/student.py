@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transmamba.errors import InputError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 from transmamba.models.transmamba.modeling import TransMambaRotaryEmbedding
+from transmamba.modules import SSM_PARAMETERS
 from transmamba.schedule import TransPointSchedule
 
 from .initialisation import calibrate, describe_initial_value, draw_initial_value, find_initialisation
@@ -22,7 +23,6 @@ from .source import HEAD, Source, has_tokenizer, open_source
 # state other keys and values than the cache holds, so that the Memory Converter could not hand them over. The gate can
 # begin at 1, since z has a bias.
 STUDENT_CHOICES = {"conv_kernel": 0, "use_gate": True, "gate_bias": True, "mixer_form": "shared"}
-FRESH = ("dt_proj.weight", "dt_bias", "A_log", ".D", "z_proj.weight", "z_proj.bias")
 
 
 def convert(
@@ -128,7 +128,7 @@ def make_plan(
         if target in copied:
             rows.append(copied[target])
             continue
-        assert target.endswith(FRESH), f"{target} has neither a source nor an initial value"
+        assert target.rpartition(".mixer.")[2] in SSM_PARAMETERS, f"{target} has neither a source nor an initial value"
         words = describe_initial_value(start, target, config)
         rows.append(FreshParameter(target=target, shape=shape, initial_value=words))
     plan = ConversionPlan(

@@ -3,10 +3,11 @@
 from .cache import TransMambaCache, TransMambaLayerCache
 from .conv import CausalConv1d
 from .layout import TokenLayout
-from .mixer import MixerConfig, RotaryTables, TransMambaMixer
+from .mixer import SSM_PARAMETERS, MixerConfig, RotaryTables, TransMambaMixer
 from .mlp import GatedMLP, PlainMLP
 
 __all__ = [
+    "SSM_PARAMETERS",
     "CausalConv1d",
     "GatedMLP",
     "MixerConfig",

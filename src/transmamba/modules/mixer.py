@@ -52,6 +52,10 @@ class MixerConfig:
     has_ssm: bool = True
 
 
+# Parameters that only the state space reads; everything else belongs to both modes or to attention.
+SSM_PARAMETERS = ("dt_proj.weight", "dt_bias", "A_log", "D", "z_proj.weight", "z_proj.bias", "ssm_norm.weight")
+
+
 @dataclass(frozen=True)
 class RotaryTables:
     """cos and sin at this call's positions, (1 or batch, seq_len, head_dim), and at all before for keys handed over."""
@@ -107,12 +111,7 @@ class TransMambaMixer(nn.Module):
         rewind: int = 0,
     ) -> Tensor:
         """Mix tokens along the sequence; with a cache, go on from it and leave it at the last token."""
-        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
-        if self.conv1d is not None:
-            qkv = self._convolve(qkv, layout, cache, rewind)
-        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv.split(self.split_sizes, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(hidden, layout, cache, rewind)
         if rotary is None or not self.config.rotary:
             rotary = None
         elif self.config.ssm_rope:
@@ -120,6 +119,18 @@ class TransMambaMixer(nn.Module):
             rotary = None
         y = self._mix(q, k, v, hidden, rotary, layout, cache)
         return self.o_proj(self._finish(y.flatten(-2), hidden, layout))
+
+    def project(
+        self, hidden: Tensor, layout: TokenLayout, cache: TransMambaLayerCache | None = None, rewind: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, (..., heads, head_dim) each, as both modes read them, before any rotation."""
+        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
+        if self.conv1d is not None:
+            qkv = self._convolve(qkv, layout, cache, rewind)
+        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv.split(self.split_sizes, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def step_sizes(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return dt = softplus(dt_proj(hidden) + dt_bias), (..., S), and A = -exp(A_log), (S,)."""

@@ -4,20 +4,34 @@ A recipe of your own is a function in any file: `transmamba train my_recipes.py:
 """
 
 from transmamba.recipes.carry_out import TrainedModel, train_language_model, validation_source
+from transmamba.recipes.distil import DistilledModel, distil
+from transmamba.recipes.distillation import AlignmentStage, DistillationRun, LogitStage
 from transmamba.recipes.fields import field_types, with_fields
 from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
+from transmamba.recipes.recording import RecordingRun, record_teacher
 from transmamba.recipes.sizes import count_parameters, match_parameters
-from transmamba.recipes.table import RECIPES, find_recipe
+from transmamba.recipes.table import DISTILLATIONS, RECIPES, find_distillation, find_recipe
+from transmamba.recipes.training_run import TrainingRun
 
 __all__ = [
+    "DISTILLATIONS",
     "RECIPES",
+    "AlignmentStage",
+    "DistillationRun",
+    "DistilledModel",
     "LanguageModelRun",
+    "LogitStage",
     "ModelSettings",
+    "RecordingRun",
     "TrainedModel",
+    "TrainingRun",
     "count_parameters",
+    "distil",
     "field_types",
+    "find_distillation",
     "find_recipe",
     "match_parameters",
+    "record_teacher",
     "train_language_model",
     "validation_source",
     "with_fields",

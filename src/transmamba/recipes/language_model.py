@@ -1,23 +1,18 @@
 """A whole run that trains a language model: everything that decides what comes out of it."""
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
 
 from transformers import PreTrainedTokenizerFast
 
 from transmamba.data import TextSource
 from transmamba.errors import RecipeError
 from transmamba.models import TransMambaConfig
-from transmamba.recipes.fields import from_json
 from transmamba.recipes.sizes import count_parameters, match_parameters
+from transmamba.recipes.training_run import TrainingRun, check_learning_rate
 from transmamba.schedule import TransPointSchedule
 
 __all__ = ["LanguageModelRun", "ModelSettings"]
-
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,52 +47,30 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageModelRun:
-    """Everything that decides what a trained language model is. Lengths are in tokens, steps are optimizer steps.
+class LanguageModelRun(TrainingRun):
+    """Everything that decides what a trained language model is, beside what TrainingRun says.
 
     schedule: a name, a written list such as "0,128,none", or a list. Layers that would switch at seq_len or later never
         run their SSM in training, so the model is made with None there.
     tokenizer: see `transmamba.data.load_tokenizer`; "train:N" learns from the training documents.
-    batch_size: windows of seq_len per step, over all devices; gradient_accumulation cuts it into so many parts.
     max_steps, max_tokens, epochs: how long; exactly one of them.
-    min_learning_rate_ratio: where the cosine ends, as a share of learning_rate.
-    eval_every, save_every: in steps; None = at the end only. eval_tokens: of the validation documents, so many during
-        training; the final score is over all of them.
-    dtype: "bfloat16" computes products in bf16, with fp32 weights; "auto" does so on GPUs that can.
-    output: the run's folder.
     """
 
-    name: str
     model: ModelSettings
     text: TextSource
     schedule: str | tuple[int | None, ...] = "v9"
     tokenizer: str = "bytes"
     seq_len: int
-    batch_size: int
-    gradient_accumulation: int = 1
     max_steps: int | None = None
     max_tokens: int | None = None
     epochs: float | None = None
     learning_rate: float = 1e-3
-    min_learning_rate_ratio: float = 0.1
     warmup_steps: int = 0
-    weight_decay: float = 0.1
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    max_gradient_norm: float = 1.0
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int | None = None
-    eval_tokens: int | None = None
-    save_every: int | None = None
-    keep_checkpoints: int = 2
-    dtype: str = "auto"
-    output: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", tuple(TransPointSchedule(self.schedule)))
-        if not self.output:
-            object.__setattr__(self, "output", f"runs/{self.name}")
+        self.check_training()
         _check_run(self)
 
     @property
@@ -145,30 +118,10 @@ class LanguageModelRun:
         assert self.epochs is not None
         return max(1, round(self.epochs * num_windows / self.batch_size))
 
-    def to_json(self) -> dict[str, Any]:
-        """The run in JSON's types; `from_json` reads it back."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The run that `to_json` wrote."""
-        return from_json(cls, content)
-
 
 def _check_run(run: LanguageModelRun) -> None:
-    at_least_one = ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints")
-    optional = ("max_steps", "max_tokens", "eval_every", "eval_tokens", "save_every")
-    for name in (*at_least_one, *optional):
-        value = getattr(run, name)
-        if (name in at_least_one or value is not None) and value < 1:
-            raise RecipeError(f"{name}={value} must be at least 1.")
     if run.seq_len < 2:
         raise RecipeError(f"seq_len={run.seq_len} must be at least 2: a token is predicted from one before it.")
-    if run.batch_size % run.gradient_accumulation:
-        raise RecipeError(
-            f"gradient_accumulation={run.gradient_accumulation} must divide batch_size={run.batch_size}, which it cuts "
-            "into parts."
-        )
     lengths = {name: getattr(run, name) for name in ("max_steps", "max_tokens", "epochs")}
     given = [f"{name}={value}" for name, value in lengths.items() if value is not None]
     if len(given) != 1:
@@ -176,19 +129,13 @@ def _check_run(run: LanguageModelRun) -> None:
             f"Give exactly one of max_steps, max_tokens and epochs; here {' and '.join(given) or 'none'} is given. "
             "Set the others to none."
         )
+    for name in ("max_steps", "max_tokens"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            raise RecipeError(f"{name}={value} must be at least 1.")
     if run.epochs is not None and not run.epochs > 0:
         raise RecipeError(f"epochs={run.epochs} must be above 0.")
-    if not 0 < run.learning_rate < math.inf:
-        raise RecipeError(f"learning_rate={run.learning_rate} must be above 0; 1e-3 suits small models.")
-    if not 0 <= run.min_learning_rate_ratio <= 1:
-        raise RecipeError(f"min_learning_rate_ratio={run.min_learning_rate_ratio} must be between 0 and 1.")
-    for name in ("warmup_steps", "weight_decay", "seed"):
-        if not 0 <= getattr(run, name) < math.inf:
-            raise RecipeError(f"{name}={getattr(run, name)} must be at least 0.")
-    if len(run.adam_betas) != 2 or not all(0 <= beta < 1 for beta in run.adam_betas):
-        raise RecipeError(f"adam_betas={run.adam_betas} must be two numbers, each at least 0 and below 1.")
-    if not 0 < run.max_gradient_norm < math.inf:
-        raise RecipeError(f"max_gradient_norm={run.max_gradient_norm} must be above 0; a large number never clips.")
-    if run.dtype not in DTYPES:
-        raise RecipeError(f"dtype={run.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    check_learning_rate("learning_rate", run.learning_rate)
+    if not 0 <= run.warmup_steps < math.inf:
+        raise RecipeError(f"warmup_steps={run.warmup_steps} must be at least 0.")
     assert run.trained_schedule  # raises ScheduleError unless it can be read and fits the layers

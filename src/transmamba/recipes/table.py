@@ -4,8 +4,10 @@ import difflib
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from transmamba.errors import RecipeError
+from transmamba.recipes.distillation import DistillationRun, descend, mohawk, plain_kl
 from transmamba.recipes.language_model import LanguageModelRun
 from transmamba.recipes.python_docs import (
     python_docs_hybrid_1_1,
@@ -16,7 +18,9 @@ from transmamba.recipes.python_docs import (
 )
 from transmamba.recipes.wiki import wiki_v9_36m_h200
 
-__all__ = ["RECIPES", "find_recipe"]
+__all__ = ["DISTILLATIONS", "RECIPES", "find_distillation", "find_recipe"]
+
+Run = TypeVar("Run")
 
 RECIPES: dict[str, Callable[[], LanguageModelRun]] = {
     recipe.__name__: recipe
@@ -30,37 +34,50 @@ RECIPES: dict[str, Callable[[], LanguageModelRun]] = {
     )
 }
 
+DISTILLATIONS: dict[str, Callable[[], DistillationRun]] = {
+    recipe.__name__: recipe for recipe in (descend, mohawk, plain_kl)
+}
+
 
 def find_recipe(name: str) -> Callable[[], LanguageModelRun]:
-    """The recipe of this name, or the function of `path/to/file.py:function`, whose file is run.
+    """The recipe of this name for `transmamba train`, or the function of `path/to/file.py:function`, whose file is run.
 
     Raises:
-        RecipeError: there is no such recipe, file or function, or the function returns no run.
+        RecipeError: there is no such recipe, file or function, or the function returns no run of this kind.
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    return _find(name, RECIPES, LanguageModelRun)
+
+
+def find_distillation(name: str) -> Callable[[], DistillationRun]:
+    """The recipe of this name for `transmamba distill`, or the function of a file; see find_recipe."""
+    return _find(name, DISTILLATIONS, DistillationRun)
+
+
+def _find(name: str, known: dict[str, Callable[[], Run]], kind: type[Run]) -> Callable[[], Run]:
+    if name in known:
+        return known[name]
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return _from_file(Path(path), function)
-    near = difflib.get_close_matches(name, RECIPES, n=1)
+        return _from_file(Path(path), function, kind)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise RecipeError(
-        f"There is no recipe {name!r}.{hint} Known: {', '.join(RECIPES)}; or path/to/file.py:function, one of your own."
+        f"There is no recipe {name!r}.{hint} Known: {', '.join(known)}; or path/to/file.py:function, one of your own."
     )
 
 
-def _from_file(path: Path, function: str) -> Callable[[], LanguageModelRun]:
+def _from_file(path: Path, function: str, kind: type[Run]) -> Callable[[], Run]:
     if not path.is_file():
         raise RecipeError(f"There is no file {path} to take the recipe {function!r} from.")
     recipe = runpy.run_path(str(path)).get(function)
     if not callable(recipe):
         raise RecipeError(f"{path} has no function {function!r}.")
 
-    def checked() -> LanguageModelRun:
+    def checked() -> Run:
         run = recipe()
-        if not isinstance(run, LanguageModelRun):
+        if not isinstance(run, kind):
             raise RecipeError(
-                f"{function!r} in {path} returns a {type(run).__name__}; a recipe returns a LanguageModelRun."
+                f"{function!r} in {path} returns a {type(run).__name__}; a recipe returns a {kind.__name__} here."
             )
         return run
 

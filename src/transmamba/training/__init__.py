@@ -3,12 +3,14 @@
 from transmamba.training.checkpoints import last_complete_checkpoint
 from transmamba.training.progress import EvaluationRow, TrainingHistory, TrainingProgress, TrainingRow
 from transmamba.training.trainer import Batch, EvaluateFunction, LossFunction, TransMambaTrainer, causal_lm_loss
+from transmamba.training.trans_points import MovingTransPoints
 
 __all__ = [
     "Batch",
     "EvaluateFunction",
     "EvaluationRow",
     "LossFunction",
+    "MovingTransPoints",
     "TrainingHistory",
     "TrainingProgress",
     "TrainingRow",

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = ["HISTORY", "EvaluationRow", "TrainingHistory", "TrainingProgress", "T
 logger = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+TRAINER_LOGS = ("loss", "learning_rate", "grad_norm", "epoch", "num_input_tokens_seen", "train_tokens_per_second")
 SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
 SMOOTHING = 0.9  # of the loss that the bar shows: the weight of the past at every log
 
@@ -26,7 +27,7 @@ SMOOTHING = 0.9  # of the loss that the bar shows: the weight of the past at eve
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRow:
     """Training at one step: tokens read and seconds spent since the beginning, evaluation and saving left out; the loss
-    is in nats per token, the mean since the row before."""
+    is per token, the mean since the row before, and so are the loss function's own metrics."""
 
     step: int
     tokens: int
@@ -34,6 +35,7 @@ class TrainingRow:
     loss: float
     learning_rate: float
     gradient_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +163,7 @@ class TrainingProgress(TrainerCallback):
                 loss=logs["loss"],
                 learning_rate=logs["learning_rate"],
                 gradient_norm=logs.get("grad_norm", 0.0),
+                metrics={name: value for name, value in logs.items() if name not in TRAINER_LOGS},
             )
             self.history.add(row)
             self._show(row, state)

@@ -1,0 +1,60 @@
+"""Training one model with the Trainer: what runs of every kind share once data, loss and arguments are known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+
+from transmamba.models import TransMambaForCausalLM
+from transmamba.progress import without_progress_bars
+from transmamba.recipes.training_run import TrainingRun
+from transmamba.tasks import evaluate_language_model
+from transmamba.training import TrainingHistory, TrainingProgress, TransMambaTrainer
+from transmamba.training.progress import tensorboard_callbacks
+from transmamba.training.trainer import EvaluateFunction, LossFunction, causal_lm_loss
+
+__all__ = ["fit", "validate"]
+
+
+def fit(
+    model: TransMambaForCausalLM,
+    arguments: TrainingArguments,
+    *,
+    train: Any,
+    validation: Any,
+    evaluate_fn: EvaluateFunction,
+    tokenizer: PreTrainedTokenizerFast,
+    history: TrainingHistory,
+    checkpoint: Path | None,
+    description: str,
+    keep_checkpoints: int,
+    loss_fn: LossFunction = causal_lm_loss,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TransMambaForCausalLM:
+    """Train to the end, from a checkpoint if there is one, and return the model, on its device."""
+    progress = TrainingProgress(history, description)
+    logs = Path(arguments.output_dir) / "tensorboard"
+    trainer = TransMambaTrainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        loss_fn=loss_fn,
+        evaluate_fn=evaluate_fn,
+        tokenizer=tokenizer,
+        callbacks=[progress, *callbacks, *tensorboard_callbacks(logs)],
+        keep_checkpoints=keep_checkpoints,
+    )
+    try:
+        with without_progress_bars():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def validate(model: Any, dataset: Any, run: TrainingRun) -> dict[str, float]:
+    """The numbers that are logged as validation while a run trains."""
+    score = evaluate_language_model(model, dataset, batch_size=run.micro_batch, max_tokens=run.eval_tokens)
+    return {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
