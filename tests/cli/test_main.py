@@ -29,6 +29,18 @@ FLAGS = {
         "--schedule",
         "--seq-len",
     },
+    "distill": {
+        "--data",
+        "--device",
+        "--output",
+        "--recipe",
+        "--resume",
+        "--schedule",
+        "--set",
+        "--student",
+        "--teacher",
+        "--tokens",
+    },
     "doctor": {"--device"},
     "evaluate": {"CHECKPOINT", "--device", "--json", "--text", "--trans-points"},
     "generate": {
@@ -44,6 +56,7 @@ FLAGS = {
         "--trans-points",
     },
     "quickstart": {"--device", "--output", "--seed", "--smoke"},
+    "record": {"TEACHER", "OUT", "--data", "--device", "--set", "--tokens"},
     "schedule": {"SCHEDULE", "--config", "--figure", "--layers", "--seq-len"},
     "train": {"RECIPE", "--device", "--output", "--resume", "--set", "--text", "--tokenizer"},
 }

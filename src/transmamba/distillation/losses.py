@@ -179,8 +179,8 @@ class _LogitLoss(torch.autograd.Function):
             logits = linear(hidden[rows], head).to(dtype)
             gradient = torch.zeros_like(logits)
             log_q = torch.log_softmax(logits, dim=-1)
+            ce_sum -= torch.sum(log_q.gather(1, labelled)[:, 0] * counts)
             if ce_weight:
-                ce_sum -= torch.sum(log_q.gather(1, labelled)[:, 0] * counts)
                 gradient.add_(log_q.exp(), alpha=ce_weight)
                 gradient.scatter_add_(1, labelled, torch.full_like(labelled, -ce_weight, dtype=dtype))
             if kl_weight:

@@ -19,7 +19,7 @@ __all__ = ["HISTORY", "EvaluationRow", "TrainingHistory", "TrainingProgress", "T
 logger = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
-TRAINER_LOGS = ("loss", "learning_rate", "grad_norm", "epoch", "num_input_tokens_seen", "train_tokens_per_second")
+TRAINER_LOGS = ("loss", "learning_rate", "grad_norm", "epoch", "num_input_tokens_seen")  # and what begins with train_
 SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
 SMOOTHING = 0.9  # of the loss that the bar shows: the weight of the past at every log
 
@@ -163,7 +163,7 @@ class TrainingProgress(TrainerCallback):
                 loss=logs["loss"],
                 learning_rate=logs["learning_rate"],
                 gradient_norm=logs.get("grad_norm", 0.0),
-                metrics={name: value for name, value in logs.items() if name not in TRAINER_LOGS},
+                metrics={name: value for name, value in logs.items() if name not in TRAINER_LOGS and name[:6] != "train_"},
             )
             self.history.add(row)
             self._show(row, state)
