@@ -142,6 +142,8 @@ def _prepare(run: DistillationRun, device: torch.device) -> _Plan:
         if not getattr(run, name):
             raise RecipeError(f"{name} is not given; name its folder with --{name}.")
     student, tokenizer = load_checkpoint(run.student, dtype=torch.float32)
+    # Sources often name no padding, tokenizers do; the Trainer would make them agree by itself, and say so.
+    student.config.pad_token_id = student.generation_config.pad_token_id = tokenizer.pad_token_id
     seq_len = run.seq_len or student.config.max_position_embeddings
     target = _target(run, student, seq_len)
     teacher = _load_teacher(run, student, tokenizer, seq_len, device)
