@@ -177,19 +177,20 @@ class _LogitLoss(torch.autograd.Function):
             counts = labels[rows] != IGNORE_INDEX
             labelled = labels[rows].clamp(min=0)[:, None]
             logits = linear(hidden[rows], head).to(dtype)
-            gradient = torch.zeros_like(logits)
             log_q = torch.log_softmax(logits, dim=-1)
             ce_sum -= torch.sum(log_q.gather(1, labelled)[:, 0] * counts)
-            if ce_weight:
-                gradient.add_(log_q.exp(), alpha=ce_weight)
-                gradient.scatter_add_(1, labelled, torch.full_like(labelled, -ce_weight, dtype=dtype))
+            # d CE / d logits = q - one-hot; d (tau^2 KL) / d logits = tau (q - p), both softened
+            if temperature == 1:
+                gradient = log_q.exp().mul_(ce_weight + kl_weight)
+            else:
+                gradient = log_q.exp().mul_(ce_weight)
+                log_q = torch.log_softmax(logits.div_(temperature), dim=-1)
+                gradient.add_(log_q.exp(), alpha=kl_weight * temperature)
             if kl_weight:
-                if temperature != 1:
-                    log_q = torch.log_softmax(logits / temperature, dim=-1)
                 p, kl = target.compare(rows, log_q, temperature)
                 kl_sum += temperature**2 * torch.sum(kl * counts)
-                # d (tau^2 KL) / d logits = tau (q - p), both softened
-                gradient.add_(log_q.exp_().sub_(p), alpha=kl_weight * temperature)
+                gradient.sub_(p, alpha=kl_weight * temperature)
+            gradient.scatter_add_(1, labelled, torch.full_like(labelled, -ce_weight, dtype=dtype))
             gradient = gradient.mul_(counts[:, None]).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = gradient @ head

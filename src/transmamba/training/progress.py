@@ -163,7 +163,9 @@ class TrainingProgress(TrainerCallback):
                 loss=logs["loss"],
                 learning_rate=logs["learning_rate"],
                 gradient_norm=logs.get("grad_norm", 0.0),
-                metrics={name: value for name, value in logs.items() if name not in TRAINER_LOGS and name[:6] != "train_"},
+                metrics={
+                    name: value for name, value in logs.items() if name not in TRAINER_LOGS and name[:6] != "train_"
+                },
             )
             self.history.add(row)
             self._show(row, state)
