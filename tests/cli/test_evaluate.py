@@ -46,7 +46,8 @@ def test_another_text_and_another_schedule_can_be_asked_for(folder: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["absent"], "There is no absent."),
+        (["absent"], "There is no folder absent, and it could not be had as a Hugging Face id"),
+        (["./absent"], "There is no ./absent;"),
         (["{folder}", "--text", "absent.txt"], "absent.txt"),
         (["{folder}", "--trans-points", "0,0"], "2"),
         (["{folder}", "--json", "absent/score.json"], "there is no folder absent"),

@@ -88,7 +88,7 @@ def cut(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"model\.safetensors is truncated or damaged .*Copy it anew"),
+        (truncate, r"model\.safetensors is truncated or damaged .*copy it anew"),
         (rename_weights, r"no model\.safetensors; pytorch_model\.bin may be a pickle, which is never read"),
         (cut("config.json"), r"config\.json is truncated or not JSON"),
         (cut("tokenizer.json"), r"tokenizer\.json is truncated or not JSON"),
