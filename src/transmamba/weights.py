@@ -1,23 +1,41 @@
-"""The folder of a checkpoint before there is a model: where it is, its JSON, the headers of its safetensors.
+"""The folder of a checkpoint before there is a model: where it is, its JSON, its tokenizer, the headers of its weights.
 
 What is wrong with it is said in one line. Only safetensors are read and no code of a checkpoint runs.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from transmamba.errors import CheckpointError
 
-__all__ = ["INDEX", "WEIGHTS", "TensorHeader", "find_folder", "read_headers", "read_json"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "TensorHeader",
+    "check_positions",
+    "check_tokenizer_fits",
+    "find_folder",
+    "in_one_line",
+    "read_headers",
+    "read_json",
+    "read_tokenizer",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json")
+OLD_ROPE_TYPES = {"mrope", "su"}  # names in older configurations, which transformers replaces
+LONGEST_REASON = 300  # characters of another library's message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +114,95 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             "shards are of different checkpoints, so copy it anew."
         )
     return headers
+
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    for name in TOKENIZER_JSON:
+        if (folder / name).is_file():
+            read_json(folder / name)  # transformers' own error for a broken file does not name it
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the `tokenizers` library raises Exception itself for a file that it cannot read
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be loaded, or there is none ({in_one_line(error)}); save one beside the "
+            "model with save_pretrained."
+        ) from error
+
+
+def check_tokenizer_fits(folder: Path | str, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Refuse a tokenizer with more entries than its model.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    if len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {vocab_size}; they do not belong "
+            "together, or the model's embeddings were to be resized to the tokenizer."
+        )
+
+
+def check_positions(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse what config.json says of positions where transformers would go on with a warning, or not understand.
+
+    Raises:
+        CheckpointError: no positions, a rotary embedding of unknown type, or a factor that cannot be.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    path = folder / "config.json"
+    for name in ("max_position_embeddings", "n_positions"):
+        value = content.get(name)
+        if isinstance(value, int) and value < 1:
+            raise CheckpointError(f"{path} has {name}={value}; it must be at least 1.")
+    for rope in _ropes(content):
+        kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+        known = {"default", *ROPE_INIT_FUNCTIONS}
+        if kind not in known | OLD_ROPE_TYPES:
+            raise CheckpointError(
+                f"{path} has a rotary embedding of type {kind!r}, which is not known; known are "
+                f"{', '.join(sorted(known))}."
+            )
+        if factor is not None and (not isinstance(factor, int | float) or not factor >= 1):
+            raise CheckpointError(f"{path} scales the rotary embedding by factor={factor!r}; it must be at least 1.")
+        lengths = {
+            name: len(rope[name]) for name in ("short_factor", "long_factor") if isinstance(rope.get(name), list)
+        }
+        wanted = _rotary_pairs(content)
+        for name, found in lengths.items():
+            if wanted is not None and found != wanted:
+                raise CheckpointError(f"{path} has {found} entries of {name}; a head of this model needs {wanted}.")
+
+
+def in_one_line(error: Exception) -> str:
+    """Another library's error in one line, and not a long one; its type where it says little."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not reason:
+        reason = f"{type(error).__name__} {reason}".strip()
+    return reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."
+
+
+def _ropes(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rotary embeddings of a config.json, under today's name and the older one, also where layers differ."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = content.get(name)
+        if isinstance(given, dict):
+            nested = [kind for kind in given.values() if isinstance(kind, dict)]
+            yield from nested or [given]
+
+
+def _rotary_pairs(content: dict[str, Any]) -> int | None:
+    """Half of a head's rotated dimensions, where config.json says it plainly."""
+    width, heads = content.get("hidden_size"), content.get("num_attention_heads")
+    size = content.get("head_dim") or (width // heads if isinstance(width, int) and isinstance(heads, int) else None)
+    return None if size is None or "partial_rotary_factor" in content else size // 2
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transmamba.errors import InputError, RecipeError
+from transmamba.errors import CheckpointError, InputError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -106,14 +106,20 @@ def _evaluate_text(
     seq_len: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    from transmamba.compatibility import allowed_length
+    from transformers import PreTrainedTokenizerFast
+
+    from transmamba.compatibility import check_teacher_length
     from transmamba.data import load_documents, pack_documents
     from transmamba.recipes import validation_source
     from transmamba.tasks import evaluate_language_model
 
-    length = seq_len or allowed_length(model.config)
+    length = seq_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         raise InputError(f"{checkpoint} does not say how long its texts may be; give --seq-len.")
+    if _trans_points(model) is None:  # a TransMamba may be run beyond the length that it was trained at
+        check_teacher_length(model.config, length)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(f"The tokenizer of {checkpoint} has no tokenizer.json; save it as a fast one.")
     source, is_whole = validation_source(checkpoint, text)
     documents = load_documents(source)
     scored = documents.train if is_whole else documents.validation

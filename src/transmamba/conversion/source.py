@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transmamba.errors import CheckpointError, InputError
-from transmamba.weights import TensorHeader, find_folder, read_headers, read_json
+from transmamba.weights import TensorHeader, check_positions, find_folder, in_one_line, read_headers, read_json
 
 from .sources import Family, find_family
 
@@ -65,6 +65,7 @@ def open_source(source: str | Path | PreTrainedModel) -> Source:
     family = find_family(str(source), content.get("model_type"))
     if content.get("quantization_config"):
         raise CheckpointError(f"{source} is quantized; convert the checkpoint that it was made from.")
+    check_positions(folder, content)
     config = _read_config(folder, family)
     headers = read_headers(folder)
     return Source(
@@ -106,7 +107,9 @@ def _read_config(folder: Path, family: Family) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[family.model_type].from_pretrained(folder)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a {family.model_type}: {error}") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a {family.model_type}: {in_one_line(error)}"
+        ) from error
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -13,7 +13,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,7 +22,15 @@ from transformers import (
 from transmamba.errors import CheckpointError, TransMambaError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
-from transmamba.weights import find_folder, read_headers, read_json
+from transmamba.weights import (
+    check_positions,
+    check_tokenizer_fits,
+    find_folder,
+    in_one_line,
+    read_headers,
+    read_json,
+    read_tokenizer,
+)
 
 __all__ = ["load_checkpoint", "load_language_model"]
 
@@ -50,7 +57,7 @@ def load_checkpoint(
         wanted = {name: tuple(x.shape) for name, x in TransMambaForCausalLM(config).state_dict().items()}
     _check_shapes(folder, shapes, wanted, tied=config.tie_word_embeddings)
     tokenizer = _load_tokenizer(folder)
-    _check_fit(folder, tokenizer, config.vocab_size)
+    check_tokenizer_fits(folder, tokenizer, config.vocab_size)
     with without_progress_bars():
         model = TransMambaForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     return model.to(device).eval(), tokenizer
@@ -75,8 +82,8 @@ def load_language_model(
         return load_checkpoint(folder, device=device, dtype=dtype)
     config = _read_any_config(folder)
     read_headers(folder)
-    tokenizer = _load_any_tokenizer(folder)
-    _check_fit(folder, tokenizer, config.get_text_config().vocab_size)
+    tokenizer = read_tokenizer(folder)
+    check_tokenizer_fits(folder, tokenizer, config.get_text_config().vocab_size)
     try:
         with without_progress_bars(), _without_load_report():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -88,7 +95,7 @@ def load_language_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"The model in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"The model in {folder} cannot be loaded: {in_one_line(error)}") from error
     _check_found(folder, found)
     return model.to(device).eval(), tokenizer
 
@@ -122,39 +129,18 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _read_any_config(folder: Path) -> PreTrainedConfig:
+    check_positions(folder, read_json(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} does not describe a model that transformers knows: {_first_line(error)}"
+            f"{folder / 'config.json'} does not describe a model that transformers knows: {in_one_line(error)}"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"{folder} holds a model of type {config.model_type!r}, which is no causal language model."
         )
     return config
-
-
-def _load_any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the `tokenizers` library raises Exception itself for a file that it cannot read
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded, or there is none ({_first_line(error)}); save one beside the "
-            "model with save_pretrained."
-        ) from error
-
-
-def _check_fit(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    if len(tokenizer) > vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {vocab_size}; they do not belong "
-            "together."
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _model_folder(path: Path) -> Path:
@@ -209,8 +195,4 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"{folder} has no tokenizer.json; save the tokenizer beside the model with save_pretrained."
         )
-    read_json(file)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    return read_tokenizer(folder)

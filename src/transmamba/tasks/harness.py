@@ -101,18 +101,17 @@ def evaluate_tasks(
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise InputError(f"{name}={value} must be at least {least}.")
-    language_model = harness_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with _quiet_harness():
-        loaded = _load_tasks(tasks, task_folder)
-        for task in loaded["tasks"].values():
-            _check_task(task, language_model)
-            _set_fewshot(task, num_fewshot)
-        was_training = model.training
-        model.eval()
-        try:
+    was_training = model.training
+    try:
+        language_model = harness_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        with _quiet_harness():
+            loaded = _load_tasks(tasks, task_folder)
+            for task in loaded["tasks"].values():
+                _check_task(task, language_model)
+                _set_fewshot(task, num_fewshot)
             results = _evaluate(language_model, loaded, limit, keep_samples=keep_samples)
-        finally:
-            model.train(was_training)
+    finally:
+        model.train(was_training)  # lm-eval has put it into evaluation mode
     return HarnessResult(
         scores=tuple(_scores(results)),
         num_truncated=language_model.num_truncated,
@@ -121,7 +120,6 @@ def evaluate_tasks(
     )
 
 
-@cache
 def harness_model() -> "type[HFLM]":
     """The class that lm-eval runs, registered there as "transmamba".
 
@@ -132,7 +130,17 @@ def harness_model() -> "type[HFLM]":
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
     """
-    _import_harness()
+    try:
+        import lm_eval  # noqa: F401 -- only whether it is there
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"tasks are evaluated with lm-eval, and {error.name} is not installed: pip install 'transmamba[eval]'"
+        ) from error
+    return _model_class()
+
+
+@cache
+def _model_class() -> "type[HFLM]":
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 
@@ -229,15 +237,6 @@ def _set_trans_points(model: PreTrainedModel, schedule: str | Sequence[int | Non
             "`transmamba convert`."
         )
     model.set_trans_points(schedule.replace(":", ",") if isinstance(schedule, str) else schedule)
-
-
-def _import_harness() -> None:
-    try:
-        import lm_eval  # noqa: F401 -- only whether it is there
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"tasks are evaluated with lm-eval, and {error.name} is not installed: pip install 'transmamba[eval]'"
-        ) from error
 
 
 def _load_tasks(names: Sequence[str], task_folder: Path | str | None) -> dict[str, Any]:
