@@ -365,14 +365,14 @@ def test_the_extra_is_named_where_lm_eval_is_absent(monkeypatch: pytest.MonkeyPa
 def test_a_real_checkpoint_and_its_conversion_have_the_same_log_likelihoods(tmp_path: Path) -> None:
     teacher, tokenizer = load_language_model(data_folder() / "teachers" / "llama_wiki_31m", dtype=torch.float32)
     student, _ = convert(teacher)
-    for name, step in (("arc_easy_dev.jsonl", 200), ("winogrande_dev.jsonl", 100), ("piqa_dev.jsonl", 150)):
+    for name, step in (("arc_easy_dev.jsonl", 300), ("winogrande_dev.jsonl", 150), ("piqa_dev.jsonl", 300)):
         lines = (data_folder() / "lmeval" / name).read_text(encoding="utf-8").splitlines()[::step]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     files = [str(path) for path in sorted(tmp_path.glob("*.jsonl"))]
     found = [
         answers(evaluate_tasks(model, tokenizer, files, keep_samples=True).samples)[0] for model in (teacher, student)
     ]
-    assert len(found[0]) > 40
+    assert len(found[0]) > 30
     assert largest_difference(*found) < SAME
     student.set_trans_points("v9")
     switched, _ = answers(evaluate_tasks(student, tokenizer, files, keep_samples=True).samples)
