@@ -16,7 +16,7 @@ from tests.helpers import data_folder
 from transmamba import TransMambaForCausalLM, convert
 from transmamba.errors import CorpusError, InputError, ScheduleError
 from transmamba.inference import load_language_model
-from transmamba.tasks import evaluate_tasks, harness_model
+from transmamba.tasks import evaluate_tasks, harness, harness_model
 from transmamba.tasks.harness import _load_tasks, _quiet_harness
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'transmamba[eval]'")
@@ -183,6 +183,31 @@ def test_requests_that_are_too_long_are_counted(source: PreTrainedModel, tmp_pat
     result = evaluate_tasks(source, tiny_tokenizer(), [str(file)])
     # 128 positions read 125 + 4 - 1 tokens of " yes", and 126 + 3 - 1 of " no"; the last token is only predicted.
     assert result.num_truncated == 2
+
+
+def test_an_answer_longer_than_the_model_is_refused(source: PreTrainedModel, tmp_path: Path) -> None:
+    file = write(tmp_path / "long.jsonl", [{"context": "x", "choices": ["no", "y" * 128], "label": 0}])
+    with pytest.raises(InputError, match="an answer has 129 tokens and the model 128 positions"):
+        evaluate_tasks(source, tiny_tokenizer(), [str(file)])
+
+
+def test_whole_windows_are_read_a_few_at_a_time(
+    source: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = type(source).forward
+
+    def watched(self: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> Any:
+        seen.append(len(input_ids))
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(source), "forward", watched)
+    monkeypatch.setattr(harness, "LOGITS_AT_ONCE", 2 * 128 * 257)
+    evaluate_tasks(source, tiny_tokenizer(), ["toy_texts"], task_folder=folder / "yaml", batch_size=5)
+    assert max(seen) == 2
+    seen.clear()
+    evaluate_tasks(source, tiny_tokenizer(), [str(folder / "pairs.jsonl")], batch_size=5)
+    assert max(seen) == 5
 
 
 def test_a_model_keeps_its_mode_and_its_device_and_others_keep_their_bars(

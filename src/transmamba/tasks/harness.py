@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, partialmethod
@@ -35,6 +35,7 @@ __all__ = ["HarnessResult", "TaskScore", "evaluate_tasks", "harness_model"]
 
 MODEL_NAME = "transmamba"  # in lm-eval's registry
 BOOTSTRAP_ITERATIONS = 1000  # for the standard error of metrics that have no formula, such as perplexity
+LOGITS_AT_ONCE = 1 << 28  # elements, of whole windows: 1 GiB in fp32
 FEW_SHOT_SEED = 1234  # lm-eval's own default
 SHOWN_NAMES = 8
 
@@ -109,7 +110,10 @@ def evaluate_tasks(
             for task in loaded["tasks"].values():
                 _check_task(task, language_model)
                 _set_fewshot(task, num_fewshot)
-            results = _evaluate(language_model, loaded, limit, keep_samples=keep_samples)
+            with ExitStack() as preparing:
+                preparing.enter_context(working("Preparing the questions"))
+                language_model.when_first_asked = preparing.close
+                results = _evaluate(language_model, loaded, limit, keep_samples=keep_samples)
     finally:
         model.train(was_training)  # lm-eval has put it into evaluation mode
     return HarnessResult(
@@ -156,7 +160,7 @@ def _model_class() -> "type[HFLM]":
             **kwargs: Any,
         ) -> None:
             with _without_advice(isinstance(pretrained, str)):
-                super().__init__(pretrained, *args, **kwargs)
+                super().__init__(pretrained, *args, **{"backend": "causal", **kwargs})
             if kwargs.get("softmax_dtype") is None:
                 is_exact = self.model.dtype in (torch.float32, torch.float64)
                 self.softmax_dtype: torch.dtype | None = self.model.dtype if is_exact else torch.float32
@@ -168,14 +172,22 @@ def _model_class() -> "type[HFLM]":
                     "set one in tokenizer_config.json."
                 )
             self.num_truncated = 0
+            self.when_first_asked: Callable[[], None] = lambda: None
             self._advance: Callable[[int], None] | None = None
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            with self._bar("Scoring texts", len(requests)):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            usual = self.batch_size
+            if isinstance(usual, int):  # windows are as long as the model allows
+                room = LOGITS_AT_ONCE // (self.max_length * self.model.config.get_text_config().vocab_size)
+                self.batch_size_per_gpu = max(1, min(usual, room))
+            try:
+                with self._bar("Scoring texts", len(requests)):
+                    return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.batch_size_per_gpu = usual
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             with self._bar("Generating", len(requests)):
@@ -184,6 +196,12 @@ def _model_class() -> "type[HFLM]":
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
+            longest = max((len(request[2]) for request in requests), default=0)
+            if longest > self.max_length:
+                raise InputError(
+                    f"an answer has {longest} tokens and the model {self.max_length} positions; shorten it, or leave "
+                    "the task out."
+                )
             self.num_truncated += sum(len(request[1]) + len(request[2]) > self.max_length + 1 for request in requests)
             with self._bar("Scoring", len(requests)):
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -212,6 +230,7 @@ def _model_class() -> "type[HFLM]":
             if self._advance is not None:  # texts are scored by parts, under the bar of the whole
                 yield
                 return
+            self.when_first_asked()
             with progress_bar(description, total) as self._advance:
                 try:
                     yield
@@ -410,19 +429,25 @@ def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Keep lm-eval to its errors: its bars and advice are for its own command. No processes are started for errors."""
+    """Keep lm-eval, and the hub that it asks for data, to errors; their bars and advice are for their own commands.
+
+    Standard errors are found in this process, since lm-eval would start one per core.
+    """
     import tqdm
 
-    logger, usual_bar = logging.getLogger("lm_eval"), tqdm.tqdm.__init__
-    level, processes = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    usual_bar, processes = tqdm.tqdm.__init__, os.environ.get("DISABLE_MULTIPROC")
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     tqdm.tqdm.__init__ = partialmethod(usual_bar, disable=True)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         tqdm.tqdm.__init__ = usual_bar
         os.environ.pop("DISABLE_MULTIPROC")
         if processes is not None:
