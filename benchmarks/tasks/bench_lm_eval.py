@@ -100,7 +100,7 @@ def main() -> None:
             "teacher": TEACHER.name,
             "student": f"convert(teacher, schedule='v9', seq_len={LENGTH}), calibrated on Python's documentation",
             "trans_points": v9.to_list(),
-            "rows_of_files": {name: f"every {step * options.thin}. row" for name, step in FILES.items()},
+            "rows_of_files": {name: f"one row in {step * options.thin}" for name, step in FILES.items()},
             "chance": {"blimp_dev": 0.5, "arc_easy_dev": 0.25, "piqa_dev": 0.5, "openbookqa_dev": 0.25}
             | {"winogrande_dev": 0.5},
             "teacher_against_lossless_student": compare(exact, lossless),

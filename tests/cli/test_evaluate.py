@@ -82,6 +82,8 @@ def pair(tmp_path: Path) -> dict[str, Path]:
     source = save_source(tiny_source("Llama"), tmp_path / "llama")
     save_source(convert(source)[0], tmp_path / "student")
     (tmp_path / "text.txt").write_text(TEXT)
+    documents = [TEXT[start : start + 37 * start + 9] for start in range(9)]  # several to a window, and longer ones
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     rows = [{"context": "The state", "choices": [f"{word} on", "ends"], "label": 0} for word in ("scans", "goes", "x")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return {"source": source, "student": tmp_path / "student", "folder": tmp_path}
@@ -99,7 +101,7 @@ def evaluate_both(pair: dict[str, Path], *flags: str) -> list[dict]:
 def test_a_source_and_its_student_are_scored_by_the_same_command(
     pair: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, student = evaluate_both(pair, "--text", str(pair["folder"] / "text.txt"), "--seq-len", "40")
+    source, student = evaluate_both(pair, "--text", str(pair["folder"] / "texts.jsonl"), "--seq-len", "40")
     assert student["loss"] == pytest.approx(source["loss"], rel=1e-6)
     assert (source["num_tokens"], source["seq_len"]) == (student["num_tokens"], 40)
     assert (source["trans_points"], student["trans_points"]) == (None, [None, None, None])
