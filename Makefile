@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-with-$(notdir $(PYTHON))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu lint types docs check format bench clean
+.PHONY: help venv quickstart test test-slow test-eval test-gpu lint types docs check format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -40,6 +40,10 @@ test: $(STAMP)  ## every test that is quick, on two cores
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow
+
+test-eval: $(STAMP)  ## the tests that need lm-eval, which is installed for them
+	@$(PIP) --editable '.[dev,eval]'
+	@$(BIN)/python -m pytest tests/tasks tests/cli/test_evaluate.py
 
 test-gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## the tests that need a CUDA device; GPU_PYTHON=... uses a Python you have
 	@PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu

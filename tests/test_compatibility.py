@@ -115,9 +115,9 @@ def test_a_teacher_reads_no_more_than_it_was_made_for(config: Any, longest: int)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (llama(), "that the rotary embedding of this llama teacher"),
-        (LENGTHS[1][0], r"that the rotary embedding \(linear, factor 4\) of this llama teacher"),
-        (GPT2Config(), "that the position embedding of this gpt2 teacher"),
+        (llama(), "that the rotary embedding of this llama model"),
+        (LENGTHS[1][0], r"that the rotary embedding \(linear, factor 4\) of this llama model"),
+        (GPT2Config(), "that the position embedding of this gpt2 model"),
     ],
 )
 def test_what_limits_a_teacher_is_named(config: Any, words: str) -> None:

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "transmamba"
 # A room may import the rooms of earlier lines, and itself; rooms of one line do not know each other.
 ORDER = [
     {"_version", "errors", "progress"},
-    {"compatibility", "schedule"},
+    {"compatibility", "schedule", "weights"},
     {"ops"},
     {"modules"},
     {"models"},

@@ -37,3 +37,15 @@ def test_nothing_is_shown_without_a_terminal(
     with progress.progress_bar("Reading", total=1) as advance:
         advance(1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_work_of_unknown_length_is_named(terminal: io.StringIO) -> None:
+    with progress.working("Asking"):
+        pass
+    assert "Asking" in terminal.getvalue()
+
+
+def test_work_of_unknown_length_is_silent_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.working("Asking"):
+        pass
+    assert capfd.readouterr() == ("", "")

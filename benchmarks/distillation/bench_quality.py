@@ -26,7 +26,7 @@ import torch
 
 from transmamba.conversion import convert_checkpoint
 from transmamba.data import TextSource, load_documents, load_tokenizer, pack_documents
-from transmamba.inference import load_teacher, resolve_device
+from transmamba.inference import load_language_model, resolve_device
 from transmamba.recipes import distil, find_distillation, with_fields
 from transmamba.recipes.run_folder import provenance
 from transmamba.schedule import TransPointSchedule
@@ -107,7 +107,7 @@ def first_documents(documents: list[str], tokens: int) -> list[str]:
 
 
 def score_teacher(folder: Path, tokens: int, device: str) -> dict[str, Any]:
-    model, _ = load_teacher(DATA / "teachers" / "llama_wiki_31m", dtype=torch.float32)
+    model, _ = load_language_model(DATA / "teachers" / "llama_wiki_31m", dtype=torch.float32)
     score = evaluate_language_model(model, validation_windows(folder, tokens), device=resolve_device(device))
     print(f"teacher: {score.loss:.4f} nats a token, perplexity {math.exp(score.loss):.2f}", flush=True)
     return {

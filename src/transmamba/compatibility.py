@@ -53,7 +53,7 @@ def check_teacher_length(config: "PreTrainedConfig", seq_len: int) -> None:
     if allowed is not None and seq_len > allowed:
         raise InputError(
             f"seq_len={seq_len} is longer than the {allowed} positions that {_positions_in_words(config)} of this "
-            f"{config.model_type} teacher was made for; give at most {allowed}."
+            f"{config.model_type} model was made for; give at most {allowed}."
         )
 
 

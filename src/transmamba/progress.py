@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar", "without_progress_bars"]
+__all__ = ["progress_bar", "without_progress_bars", "working"]
 
 SECONDS_BEFORE_SHOWN = 1.0
 
@@ -34,6 +34,17 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Show that something is under way whose amount is not known, on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(description):
+        yield
 
 
 @contextmanager

@@ -2,13 +2,18 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conversion.checkpoints import save_source, tiny_source
 from tests.training.toy import toy_run
+from transmamba import convert
 from transmamba.cli.main import main
 from transmamba.recipes import train_language_model
+
+TEXT = "the state space converts memory to the prefix, and then scans on. " * 5
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_a_run_is_scored_on_its_validation_documents(folder: Path, capsys: pytes
 
 def test_another_text_and_another_schedule_can_be_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = folder.parent / "other.txt"
-    text.write_text("the state space converts memory to the prefix, and then scans on. " * 5)
+    text.write_text(TEXT)
     losses = []
     for number, schedule in enumerate(("0,8,none", "mamba2")):
         path = folder.parent / f"{number}.json"
@@ -46,7 +51,8 @@ def test_another_text_and_another_schedule_can_be_asked_for(folder: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["absent"], "There is no absent."),
+        (["absent"], "There is no folder absent, and it could not be had as a Hugging Face id"),
+        (["./absent"], "There is no ./absent;"),
         (["{folder}", "--text", "absent.txt"], "absent.txt"),
         (["{folder}", "--trans-points", "0,0"], "2"),
         (["{folder}", "--json", "absent/score.json"], "there is no folder absent"),
@@ -68,3 +74,94 @@ def test_a_truncated_checkpoint_is_said_to_be_one(folder: Path, capsys: pytest.C
     os.truncate(folder / "model" / "model.safetensors", 1000)
     assert main(["evaluate", str(folder), "--device", "cpu"]) == 2
     assert "model.safetensors is truncated or damaged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, Path]:
+    """A Llama, its conversion with every TransPoint None, and something to score."""
+    source = save_source(tiny_source("Llama"), tmp_path / "llama")
+    save_source(convert(source)[0], tmp_path / "student")
+    (tmp_path / "text.txt").write_text(TEXT)
+    documents = [TEXT[start : start + 37 * start + 9] for start in range(9)]  # several to a window, and longer ones
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    rows = [{"context": "The state", "choices": [f"{word} on", "ends"], "label": 0} for word in ("scans", "goes", "x")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return {"source": source, "student": tmp_path / "student", "folder": tmp_path}
+
+
+def evaluate_both(pair: dict[str, Path], *flags: str) -> list[dict]:
+    found = []
+    for name in ("source", "student"):
+        path = pair["folder"] / f"{name}.json"
+        assert main(["evaluate", str(pair[name]), *flags, "--device", "cpu", "--json", str(path)]) == 0
+        found.append(json.loads(path.read_text()))
+    return found
+
+
+def test_a_source_and_its_student_are_scored_by_the_same_command(
+    pair: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, student = evaluate_both(pair, "--text", str(pair["folder"] / "texts.jsonl"), "--seq-len", "40")
+    assert student["loss"] == pytest.approx(source["loss"], rel=1e-6)
+    assert (source["num_tokens"], source["seq_len"]) == (student["num_tokens"], 40)
+    assert (source["trans_points"], student["trans_points"]) == (None, [None, None, None])
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_tasks_are_scored_and_written_with_versions(pair: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'transmamba[eval]'")
+    rows = str(pair["folder"] / "rows.jsonl")
+    source, student = evaluate_both(pair, "--tasks", rows, "--limit", "2", "--batch-size", "3")
+    assert source["scores"] == student["scores"]
+    assert [(score["task"], score["metric"], score["num_samples"]) for score in source["scores"]] == [
+        ("rows", "acc", 2),
+        ("rows", "acc_norm", 2),
+    ]
+    assert set(source["versions"]) == {"datasets", "lm_eval", "python", "tasks", "torch", "transformers", "transmamba"}
+    assert (source["tasks"], source["limit"], source["batch_size"], source["dtype"]) == ([rows], 2, 3, "float32")
+    out = capsys.readouterr().out
+    for part in ("rows", "acc_norm ↑", "± error", f"{pair['student']} on lm-eval, TransPoints none,none,none"):
+        assert part in out
+
+
+def test_half_precision_is_scored_in_fp32_on_a_cpu(pair: dict[str, Path]) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'transmamba[eval]'")
+    for name in ("source", "student"):
+        save_source(tiny_source("Llama").half() if name == "source" else convert(pair["source"])[0], pair[name])
+    source, student = evaluate_both(pair, "--tasks", str(pair["folder"] / "rows.jsonl"))
+    assert source["dtype"] == student["dtype"] == "float32"
+    assert source["scores"] == student["scores"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--tasks", "{folder}/rows.jsonl", "--text", "x.txt"],
+            "--tasks scores tasks, and --text and --seq-len are for",
+        ),
+        (["--limit", "3"], "--task-folder, --limit and --num-fewshot are for tasks; name some with --tasks"),
+        (["--text", "{folder}/text.txt", "--seq-len", "1"], "--seq-len 1 must be at least 2"),
+        (["--text", "{folder}/text.txt", "--seq-len", "129"], "seq_len=129 is longer than the 128 positions"),
+        (["--text", "{folder}/text.txt", "--trans-points", "mamba2"], "is a LlamaForCausalLM and has no TransPoints"),
+        ([], "lies in no run"),
+    ],
+    ids=str,
+)
+def test_a_mistake_with_another_model_is_one_line(
+    pair: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(pair["source"]), *(part.format(**pair) for part in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert line in err
+
+
+def test_where_lm_eval_is_absent_the_extra_is_named(
+    pair: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    capsys.readouterr()
+    assert main(["evaluate", str(pair["student"]), "--tasks", "arc_easy", "--device", "cpu"]) == 2
+    assert "lm_eval is not installed: pip install 'transmamba[eval]'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from tests.conversion.checkpoints import save_source, tiny_source, token_ids
+from tests.conversion.checkpoints import save_source, tiny_source, tiny_tokenizer, token_ids
 from transmamba import TransMambaForCausalLM
 from transmamba.conversion import LARGEST_DIFFERENCE, convert_checkpoint, relative_logit_difference
 from transmamba.conversion import folder as folder_module
@@ -103,6 +103,22 @@ def test_a_tokenizer_that_cannot_be_read_is_named(source: Path, tmp_path: Path) 
     (source / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"The tokenizer in .* cannot be loaded"):
         convert_checkpoint(source, tmp_path / "out")
+    (source / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is truncated or not JSON"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
+def test_what_travels_along_is_looked_at_before_any_work(source: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(source)
+    with pytest.raises(CheckpointError, match="the tokenizer has 258 entries and the model 257"):
+        convert_checkpoint(source, tmp_path / "out")
+    tiny_tokenizer().save_pretrained(source)
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is truncated or not JSON"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_calibration_windows_come_from_all_over_the_texts(source: Path) -> None:

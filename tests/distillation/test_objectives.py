@@ -102,3 +102,14 @@ def test_the_teacher_is_frozen_and_gets_no_gradient() -> None:
     LogitObjective(student, OnlineTeacher(source))(student, packed_batch())[0].backward()
     assert not any(parameter.requires_grad for parameter in source.parameters())
     assert student.model.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_padded_head_says_nothing_of_its_padding(capped: bool) -> None:
+    source, _ = pair()
+    teacher = OnlineTeacher(source, vocab_size=200)
+    if capped:
+        teacher.head = None
+    batch = packed_batch()
+    target = teacher.target(batch, batch["labels"] != -100)
+    assert target.logits(slice(0, 3)).shape == (3, 200)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tests.conversion.checkpoints import save_source, tiny_source, token_ids
 from transmamba.data import load_tokenizer
 from transmamba.errors import CheckpointError
-from transmamba.inference import load_checkpoint
+from transmamba.inference import load_checkpoint, load_language_model
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 
 
@@ -88,7 +89,7 @@ def cut(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"model\.safetensors is truncated or damaged .*Copy it anew"),
+        (truncate, r"model\.safetensors is truncated or damaged .*copy it anew"),
         (rename_weights, r"no model\.safetensors; pytorch_model\.bin may be a pickle, which is never read"),
         (cut("config.json"), r"config\.json is truncated or not JSON"),
         (cut("tokenizer.json"), r"tokenizer\.json is truncated or not JSON"),
@@ -121,3 +122,68 @@ def test_paths_that_are_no_models_are_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a run that has not come to its end"):
         load_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_source(tiny_source("Llama"), tmp_path / "llama")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Llama 3.1", LlamaForCausalLM), ("GPT-2", GPT2LMHeadModel)])
+def test_other_models_come_with_their_tokenizer_too(tmp_path: Path, name: str, kind: type[PreTrainedModel]) -> None:
+    save_source(tiny_source(name), tmp_path, max_shard_size="20KB")
+    model, tokenizer = load_language_model(str(tmp_path), dtype=torch.float64)
+    assert isinstance(model, kind)
+    assert not model.training
+    assert model.dtype == torch.float64
+    assert tokenizer.decode(tokenizer("Zürich").input_ids) == "Zürich"
+    exact = tiny_source(name).double()
+    assert torch.equal(model(token_ids(1, 9)).logits, exact(token_ids(1, 9)).logits)
+
+
+@pytest.mark.parametrize("part", [".", "model"])
+def test_our_own_models_are_loaded_by_the_same_function(folder: Path, part: str) -> None:
+    model, _ = load_language_model(folder / part)
+    assert isinstance(model, TransMambaForCausalLM)
+    truncate(folder / "model")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
+        load_language_model(folder / part)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"model\.safetensors is truncated or damaged"),
+        (rename_weights, "may be a pickle, which is never read"),
+        (cut("config.json"), r"config\.json is truncated or not JSON"),
+        (cut("tokenizer.json"), r"tokenizer\.json is truncated or not JSON"),
+        (lambda model: (model / "tokenizer.json").unlink(), "cannot be loaded, or there is none"),
+        (change_config(hidden_size=64), r"embed_tokens\.weight has shape \(257, 32\) and should have \(257, 64\)"),
+        (change_config(num_hidden_layers=4), r"9 tensors are missing, model\.layers\.3\S+ first"),
+        (change_config(num_hidden_layers=2), r"model\.layers\.2\S+ is unknown"),
+        (change_config(vocab_size=200), "the tokenizer has 257 entries and the model 200"),
+        (change_config(model_type="vit"), "a model of type 'vit', which is no causal language model"),
+        (change_config(model_type="unheard"), "does not describe a model that transformers knows: .*unheard"),
+        (change_config(hidden_size="wide"), "does not describe a model that transformers knows: .*hidden_size"),
+        (change_config(hidden_act="unheard"), "cannot be loaded: KeyError 'unheard'"),
+        (change_config(rope_parameters={"rope_type": "spiral"}), "a rotary embedding of type 'spiral'"),
+        (change_config(max_position_embeddings=0), "has max_position_embeddings=0"),
+    ],
+)
+def test_what_is_wrong_with_another_models_folder_is_said_and_nothing_else(
+    llama: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
+) -> None:
+    capfd.readouterr()
+    damage(llama)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_language_model(llama)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_that_lead_nowhere_are_said_to(tmp_path: Path) -> None:
+    for name in ("./absent", tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"There is no .*absent; give the folder of a checkpoint"):
+            load_language_model(name)
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+        load_language_model(tmp_path)

@@ -56,6 +56,7 @@ def test_default_heads_are_those_of_attention() -> None:
         ({"trans_points": [0, True, 1]}, ScheduleError, "Layer 1 has TransPoint True"),
         ({"trans_points": "mamba3"}, ScheduleError, "Did you mean 'mamba2'"),
         ({"num_key_value_heads": 3}, InputError, "num_key_value_heads=3 must divide num_state_heads=4"),
+        ({"hidden_act": "unheard"}, InputError, "hidden_act='unheard' is unknown; choose gelu, "),
         ({"num_state_heads": 3}, InputError, "num_key_value_heads=2 must divide num_state_heads=3"),
         ({"num_state_heads": 8}, InputError, "num_state_heads=8 must divide num_attention_heads=4"),
         ({"num_attention_heads": 5}, InputError, "must divide"),

@@ -21,7 +21,7 @@ VERBS = {
     "quickstart": "Train four small models on what ships with Python, compare them, write a report.",
     "train": "Train a language model from a recipe.",
     "generate": "Continue a prompt.",
-    "evaluate": "Measure the loss per byte of a model, and the loss by position.",
+    "evaluate": "Measure the loss per byte of a model and the loss by position, or its scores on tasks.",
     "schedule": "Show a TransPoint schedule: its modes, FLOPs and cache bytes.",
     "convert": "Convert a pretrained Transformer without changing what it computes.",
     "distill": "Distil a teacher into a TransMamba while its TransPoints come down.",

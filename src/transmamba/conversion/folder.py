@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from transmamba._version import __version__
 from transmamba.errors import CheckpointError, InputError
 from transmamba.models import TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
+from transmamba.weights import check_tokenizer_fits, read_json, read_tokenizer
 
 from .initialisation import calibrate
 from .plan import ConversionPlan
@@ -34,6 +35,7 @@ from .verification import (
 )
 
 TABLE = "conversion.json"
+GENERATION = "generation_config.json"
 CHECKED_TOKENS = 128  # in a row, or as many as the model has positions
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 8, 512
 PIECE, SPREAD = 8192, 97  # characters; a prime, so that periods in a corpus do not matter
@@ -74,6 +76,10 @@ def convert_checkpoint(
     opened = open_source(source)
     assert opened.folder is not None
     tokenizer = load_tokenizer(opened.folder)
+    if tokenizer is not None:
+        check_tokenizer_fits(source, tokenizer, opened.config.vocab_size)
+    if (opened.folder / GENERATION).is_file():
+        read_json(opened.folder / GENERATION)
     longest = min(opened.config.max_position_embeddings, seq_len or opened.config.max_position_embeddings)
     windows = None if tokenizer is None else token_windows(tokenizer, texts, min(longest, CALIBRATION_LENGTH))
     plan, config = make_plan(
@@ -120,10 +126,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not has_tokenizer(folder):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    return read_tokenizer(folder)
 
 
 def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor | None:
@@ -175,6 +178,5 @@ def _write(
         student.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    generation = source.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    if (source.folder / GENERATION).is_file():
+        shutil.copyfile(source.folder / GENERATION, folder / GENERATION)

@@ -3,28 +3,24 @@
 Only safetensors are read and no code of a checkpoint runs.
 """
 
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transmamba.errors import CheckpointError, InputError
+from transmamba.weights import TensorHeader, check_positions, find_folder, in_one_line, read_headers, read_json
 
 from .sources import Family, find_family
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,54 +61,27 @@ def open_source(source: str | Path | PreTrainedModel) -> Source:
     if isinstance(source, PreTrainedModel):
         return _from_model(source)
     folder = find_folder(source)
-    content = _read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     family = find_family(str(source), content.get("model_type"))
     if content.get("quantization_config"):
         raise CheckpointError(f"{source} is quantized; convert the checkpoint that it was made from.")
+    check_positions(folder, content)
     config = _read_config(folder, family)
-    files, shapes, kinds = _read_headers(folder)
+    headers = read_headers(folder)
     return Source(
         name=str(source),
         config=config,
         family=family,
         folder=folder,
-        shapes=shapes,
-        dtype=_commonest_dtype(str(source), shapes, kinds),
-        read=lambda name: _read_tensor(files[name], name),
+        shapes={name: header.shape for name, header in headers.items()},
+        dtype=_commonest_dtype(str(source), headers.values()),
+        read=lambda name: _read_tensor(headers[name].file, name),
     )
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer beside the model."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def find_folder(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a Hugging Face id is downloaded first, unless it is in the cache."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{source} is a file; give the folder of a checkpoint that holds config.json and safetensors."
-        )
-    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
-        raise CheckpointError(f"There is no {source}; give the folder of a checkpoint, or a Hugging Face id.")
-    return _download(str(source))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(
-            f"There is no folder {name}, and it could not be had as a Hugging Face id ({type(error).__name__}); check "
-            "the name, the network, and for gated models `hf auth login`."
-        ) from error
 
 
 def _from_model(model: PreTrainedModel) -> Source:
@@ -138,49 +107,9 @@ def _read_config(folder: Path, family: Family) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[family.model_type].from_pretrained(folder)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a {family.model_type}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} holds no model: there is no {path.name}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is truncated or not JSON ({error}); copy it anew.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} and not an object; copy it anew.")
-    return content
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
-    """The file, the shape and the kind of number of every tensor, from the headers of the safetensors."""
-    if (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        other = sorted(path.name for path in folder.glob("*.bin"))
-        pickles = f"; {other[0]} may be a pickle, which is never read" if other else ""
         raise CheckpointError(
-            f"{folder} has no {WEIGHTS}{pickles}. Save the model as safetensors first, with transformers' "
-            "save_pretrained."
-        )
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    kinds: dict[str, str] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {INDEX} names {name}, which is missing; copy it anew.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 -- no mapping
-                    header = file.get_slice(key)
-                    files[key], shapes[key], kinds[key] = path, tuple(header.get_shape()), header.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}); copy it anew.") from error
-    return files, shapes, kinds
+            f"{folder / 'config.json'} does not describe a {family.model_type}: {in_one_line(error)}"
+        ) from error
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
@@ -188,10 +117,10 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _commonest_dtype(name: str, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]) -> torch.dtype:
+def _commonest_dtype(name: str, headers: Iterable[TensorHeader]) -> torch.dtype:
     sizes: Counter[str] = Counter()
-    for key, kind in kinds.items():
-        sizes[kind] += prod(shapes[key])
+    for header in headers:
+        sizes[header.kind] += prod(header.shape)
     kind = max(sizes, key=lambda kind: sizes[kind], default="no tensors")
     if kind not in DTYPES:
         raise CheckpointError(f"{name} holds {kind}, not floating point weights; convert an unquantized checkpoint.")

@@ -169,7 +169,7 @@ def _info(
     k: int,
     temperature: float,
 ) -> StoredTeacherInfo:
-    vocab_size = teacher.model.config.get_text_config().vocab_size
+    vocab_size = teacher.vocab_size
     if not 1 <= k < vocab_size:
         raise InputError(f"k={k} must be at least 1 and below the teacher's vocabulary of {vocab_size}; 64 is usual.")
     if not 0 < temperature < float("inf"):

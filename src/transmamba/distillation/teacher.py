@@ -24,11 +24,13 @@ class OnlineTeacher:
     """A causal language model that runs beside the student, frozen.
 
     Where its logits are its head's product with its last hidden states, and nothing more, they are made a few rows at
-    a time; a model that scales or caps them has to make all of a batch at once.
+    a time; a model that scales or caps them has to make all of a batch at once. vocab_size: how many leading entries
+    stand for tokens, where the head is padded; None = all.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.vocab_size = vocab_size or model.config.get_text_config().vocab_size
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head = self._plain_head()
 
@@ -44,13 +46,14 @@ class OnlineTeacher:
                 "apart; set document_boundaries=false."
             )
         if self.head is None:
-            return GivenTarget(self.model(**inputs, use_cache=False).logits[counts])
+            return GivenTarget(self.model(**inputs, use_cache=False).logits[..., : self.vocab_size][counts])
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[counts]
-        weight = self.head.weight
+        weight = self.head.weight[: self.vocab_size]
+        bias = None if self.head.bias is None else self.head.bias[: self.vocab_size]
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return DenseTarget(hidden.to(weight.dtype), weight, self.head.bias)
+        return DenseTarget(hidden.to(weight.dtype), weight, bias)
 
     @torch.no_grad()
     def _plain_head(self) -> nn.Linear | None:

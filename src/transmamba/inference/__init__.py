@@ -1,6 +1,6 @@
 """Using trained models: loading, writing text, measuring speed."""
 
-from .checkpoint import load_checkpoint, load_teacher
+from .checkpoint import load_checkpoint, load_language_model
 from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
@@ -10,7 +10,7 @@ __all__ = [
     "SpeedPoint",
     "continue_prompt",
     "load_checkpoint",
-    "load_teacher",
+    "load_language_model",
     "measure_speed",
     "resolve_device",
 ]

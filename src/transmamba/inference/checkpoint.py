@@ -1,22 +1,41 @@
 """Loading a trained model with its tokenizer, and saying in words what is wrong with a folder that is not one."""
 
-import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from transmamba.errors import CheckpointError, TransMambaError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
+from transmamba.weights import (
+    check_positions,
+    check_tokenizer_fits,
+    find_folder,
+    in_one_line,
+    read_headers,
+    read_json,
+    read_tokenizer,
+)
 
-__all__ = ["load_checkpoint", "load_teacher"]
+__all__ = ["load_checkpoint", "load_language_model"]
 
 MODEL_FOLDER = "model"  # in the folder of a run
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")  # tables that old checkpoints carry
 WAY_OUT = "Give a folder that transmamba wrote: model/ in the folder of a run, or a checkpoint-* beside it."
 
 
@@ -33,46 +52,95 @@ def load_checkpoint(
     """
     folder = _model_folder(Path(path))
     config = _read_config(folder)
-    shapes = _read_shapes(folder)
+    shapes = {name: header.shape for name, header in read_headers(folder).items()}
     with torch.device("meta"):
         wanted = {name: tuple(x.shape) for name, x in TransMambaForCausalLM(config).state_dict().items()}
     _check_shapes(folder, shapes, wanted, tied=config.tie_word_embeddings)
     tokenizer = _load_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size}; they do not "
-            f"belong together. {WAY_OUT}"
-        )
+    check_tokenizer_fits(folder, tokenizer, config.vocab_size)
     with without_progress_bars():
         model = TransMambaForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     return model.to(device).eval(), tokenizer
 
 
-def load_teacher(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The causal language model and the tokenizer of a folder, the model in its own class and in evaluation mode.
+def load_language_model(
+    source: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model of any kind and its tokenizer, the model in evaluation mode: ours, or transformers'.
 
-    path: the folder of any causal language model that transformers knows, or what load_checkpoint takes. Only
-    safetensors are read, and no code from the folder is run.
+    source: a folder as in `load_checkpoint`, or that of any checkpoint of transformers, or a Hugging Face id, which is
+    downloaded unless it is in the cache. The rest as in `load_checkpoint`.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, or holds no such model.
+        CheckpointError: there is none, it is incomplete, damaged, or no causal language model.
     """
-    folder = _model_folder(Path(path))
-    if _read_json(folder / "config.json").get("model_type") == TransMambaConfig.model_type:
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return load_checkpoint(path, device=device, dtype=dtype)  # the folder of a run, or nothing, which is then said
+    folder = find_folder(source)
+    if read_json(folder / "config.json").get("model_type") == TransMambaConfig.model_type:
         return load_checkpoint(folder, device=device, dtype=dtype)
-    _read_shapes(folder)
-    tokenizer = _load_tokenizer(folder)
+    config = _read_any_config(folder)
+    read_headers(folder)
+    tokenizer = read_tokenizer(folder)
+    check_tokenizer_fits(folder, tokenizer, config.get_text_config().vocab_size)
     try:
-        with without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        with without_progress_bars(), _without_load_report():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told here, in one line
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"The model in {folder} cannot be loaded: {in_one_line(error)}") from error
+    _check_found(folder, found)
     return model.to(device).eval(), tokenizer
+
+
+def _check_found(folder: Path, found: dict[str, Any]) -> None:
+    """What transformers would only warn of: weights that are drawn anew or left out."""
+    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    unknown = [name for name in unknown if not NO_PARAMETER.search(name)]
+    mismatched = sorted((name, tuple(shape), tuple(wanted)) for name, shape, wanted in found["mismatched_keys"])
+    if mismatched:
+        name, shape, wanted = mismatched[0]
+        problem = f"{name} has shape {shape} and should have {wanted}"
+    elif missing:
+        problem = f"{len(missing)} tensors are missing, {missing[0]} first"
+    elif unknown:
+        problem = f"{unknown[0]} is unknown"
+    else:
+        return
+    raise CheckpointError(f"The weights in {folder} are not those of its config.json: {problem}; copy it anew.")
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing a table of what it found, which _check_found says in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _read_any_config(folder: Path) -> PreTrainedConfig:
+    check_positions(folder, read_json(folder / "config.json"))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a model that transformers knows: {in_one_line(error)}"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{folder} holds a model of type {config.model_type!r}, which is no causal language model."
+        )
+    return config
 
 
 def _model_folder(path: Path) -> Path:
@@ -93,7 +161,7 @@ def _model_folder(path: Path) -> Path:
 
 
 def _read_config(folder: Path) -> TransMambaConfig:
-    content = _read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     kind = content.get("model_type")
     if kind != TransMambaConfig.model_type:
         raise CheckpointError(
@@ -103,41 +171,6 @@ def _read_config(folder: Path) -> TransMambaConfig:
         return TransMambaConfig.from_dict(content)
     except (TransMambaError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is truncated or not JSON ({error}). {WAY_OUT}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} and not an object. {WAY_OUT}")
-    return content
-
-
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the folder's safetensors, from their headers."""
-    if (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        other = sorted(path.name for path in folder.glob("*.bin"))
-        pickles = f"; {other[0]} may be a pickle, which is never read" if other else ""
-        raise CheckpointError(f"{folder} has a config.json and no {WEIGHTS}{pickles}. {WAY_OUT}")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {INDEX} names {name}, which is missing. Copy it anew.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 -- no mapping
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or damaged ({error}). Copy it anew, or use an earlier one."
-            ) from error
-    return shapes
 
 
 def _check_shapes(
@@ -162,8 +195,4 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"{folder} has no tokenizer.json; save the tokenizer beside the model with save_pretrained."
         )
-    _read_json(file)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    return read_tokenizer(folder)

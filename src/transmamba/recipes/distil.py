@@ -33,7 +33,7 @@ from transmamba.distillation import (
     output_errors,
 )
 from transmamba.errors import RecipeError
-from transmamba.inference import load_checkpoint, load_teacher, resolve_device
+from transmamba.inference import load_checkpoint, load_language_model, resolve_device
 from transmamba.models import TransMambaForCausalLM
 from transmamba.modules import SSM_PARAMETERS
 from transmamba.recipes.distillation import AlignmentStage, DistillationRun, LogitStage
@@ -207,11 +207,11 @@ def _load_teacher(
                 f"{run.logits.temperature:g}; set logits.temperature={stored.info.temperature:g}."
             )
         return stored
-    model, teacher_tokenizer = load_teacher(run.teacher, dtype=torch.float32)
+    model, teacher_tokenizer = load_language_model(run.teacher, dtype=torch.float32)
     check_teacher_length(model.config, seq_len)
-    common_vocabulary(teacher_tokenizer, model.config, tokenizer, student.config)
+    known = common_vocabulary(teacher_tokenizer, model.config, tokenizer, student.config)
     bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda")
-    return OnlineTeacher(model.to(device, torch.bfloat16 if bf16 else torch.float32))
+    return OnlineTeacher(model.to(device, torch.bfloat16 if bf16 else torch.float32), vocab_size=known)
 
 
 def _check_same_model(plan: _Plan) -> None:

@@ -8,7 +8,7 @@ from transmamba.compatibility import check_teacher_length
 from transmamba.data import TextSource, load_documents, pack_documents
 from transmamba.distillation import OnlineTeacher, StoredTeacherInfo, store_teacher
 from transmamba.errors import RecipeError
-from transmamba.inference import load_teacher, resolve_device
+from transmamba.inference import load_language_model, resolve_device
 
 __all__ = ["RecordingRun", "record_teacher"]
 
@@ -48,14 +48,14 @@ def record_teacher(run: RecordingRun, *, device: str = "auto") -> StoredTeacherI
         CorpusError: the text cannot be read or is too little.
     """
     chosen = resolve_device(device)
-    model, tokenizer = load_teacher(run.teacher, device=chosen, dtype=torch.float32)
+    model, tokenizer = load_language_model(run.teacher, device=chosen, dtype=torch.float32)
     seq_len = run.seq_len or model.config.get_text_config().max_position_embeddings
     check_teacher_length(model.config, seq_len)
     documents = load_documents(run.text)
     windows = pack_documents(documents.train, tokenizer, seq_len, boundaries=run.document_boundaries)
     wanted = len(windows) if run.max_tokens is None else max(1, run.max_tokens // seq_len)
     return store_teacher(
-        OnlineTeacher(model),
+        OnlineTeacher(model, vocab_size=max(tokenizer.get_vocab().values()) + 1),
         windows,
         run.output,
         name=run.teacher,

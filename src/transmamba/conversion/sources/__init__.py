@@ -36,6 +36,8 @@ def find_family(name: str, model_type: str | None) -> Family:
     Raises:
         CheckpointError: it is not known.
     """
+    if model_type == "transmamba":
+        raise CheckpointError(f"{name} is a TransMamba already; set_trans_points changes its schedule at any time.")
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"{name} is a model of type {model_type!r}, which cannot be converted; known are "

@@ -13,6 +13,11 @@ IGNORED_OF_LLAMA = ((r"rotary_emb\.inv_freq", "a table that the config gives"),)
 def llama_choices(config: PreTrainedConfig, seq_len: int | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Fields of TransMambaConfig, and notes. seq_len: the length the student is meant for; None = the source's."""
     assert isinstance(config, LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config | SmolLM3Config)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"its config.json has num_key_value_heads={config.num_key_value_heads}, which must divide "
+            f"num_attention_heads={config.num_attention_heads}."
+        )
     max_length, notes = _length(config, seq_len)
     choices = {
         "vocab_size": config.vocab_size,

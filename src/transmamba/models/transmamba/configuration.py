@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from transmamba.errors import InputError
@@ -165,6 +166,8 @@ def _check_sizes(config: TransMambaConfig) -> None:
         value = getattr(config, name)
         if value not in known:
             raise InputError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, known))}.")
+    if config.hidden_act not in ACT2FN:
+        raise InputError(f"hidden_act={config.hidden_act!r} is unknown; choose {', '.join(sorted(ACT2FN))}.")
     low, high = config.A_init_range
     if not 0 < low <= high:
         raise InputError(f"A_init_range={[low, high]} must be 0 < low <= high; Mamba-2 uses [1, 16].")
