@@ -1,13 +1,31 @@
 """One resolver chooses a backend, and says why."""
 
+import logging
+
 import pytest
+import torch
 
 from transmamba import ops
 from transmamba.errors import InputError
-from transmamba.ops import explain
-from transmamba.ops.backends import resolve_backend
+from transmamba.ops import backends, explain
+from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
 OPS = ("causal_conv1d", "hybrid_mixer", "memory_converter", "softmax_attention", "ssd_scan", "ssd_step")
+KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
+
+
+class OnCuda:
+    """What the resolver asks of a tensor, for one on an H100, wherever the test runs."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, size: int = 64) -> None:
+        self.dtype, self.device, self.shape = dtype, torch.device("cuda", 0), (2, 5, 4, size)
+
+
+@pytest.fixture
+def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_missing_triton", lambda: "")
+    backends._announce.cache_clear()
 
 
 def test_every_op_is_explained_once() -> None:
@@ -17,14 +35,68 @@ def test_every_op_is_explained_once() -> None:
     assert all(choice.reason for choice in choices)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_what_is_explained_is_what_runs(device: str) -> None:
     for choice in explain(device):
-        assert choice.backend == resolve_backend(choice.op, None) == "torch"
+        assert choice.backend == resolve_backend(choice.op, None, torch.zeros(1, 1, 1, 4)) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_cuda_device_the_kernels_run(an_h100: None, dtype: torch.dtype) -> None:
+    chosen = {choice.op: choice.backend for choice in explain("cuda")}
+    assert chosen == {op: "triton" if op in KERNELS else "torch" for op in OPS}
+    assert {op: resolve_backend(op, None, OnCuda(dtype), OnCuda(dtype)) for op in OPS} == chosen
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (OnCuda(torch.float64), "the inputs are float64"),
+        (OnCuda(size=TRITON_MAX_SIZE + 1), "up to 256, and here it is 257"),
+    ],
+)
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_fallback_is_announced_once(
+    an_h100: None, caplog: pytest.LogCaptureFixture, op: str, inputs: OnCuda, reason: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert [resolve_backend(op, None, inputs) for _ in range(3)] == ["torch"] * 3
+    (message,) = caplog.messages
+    assert message.startswith(f"{op} runs as plain PyTorch, which is slower: its kernels are for ")
+    assert message.endswith(reason)
+    with pytest.raises(InputError, match=f"{op} cannot run on backend 'triton': .*{reason}; pass backend='torch'"):
+        resolve_backend(op, "triton", inputs)
+
+
+def test_an_old_gpu_falls_back(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert resolve_backend("ssd_scan", None, OnCuda()) == "torch"
+    with pytest.raises(InputError, match="need compute capability 8.0, and cuda:0 has 7.5"):
+        resolve_backend("ssd_scan", "triton", OnCuda())
+
+
+def test_without_triton_pytorch_runs_and_the_extra_is_named(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_missing_triton", backends._missing_triton_uncached)
+    assert resolve_backend("ssd_scan", None, OnCuda()) == "torch"
+    assert {choice.backend for choice in explain("cuda")} == {"torch"}
+    with pytest.raises(InputError, match=r"pip install 'transmamba\[triton\]'"):
+        resolve_backend("ssd_scan", "triton", OnCuda())
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_missing_triton", lambda: "")
+    x = torch.zeros(1, 1, 1, 4)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("ssd_scan", "triton", x) == "triton"
+    assert resolve_backend("ssd_scan", None, x) == "torch"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="need a CUDA device, and the inputs are on cpu"):
+        resolve_backend("ssd_scan", "triton", x)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_named_backend_is_taken_and_another_refused(op: str) -> None:
     assert resolve_backend(op, "reference") == "reference"
-    with pytest.raises(InputError, match=f"{op} has no backend 'fast'; choose 'reference' or 'torch', or None"):
+    with pytest.raises(InputError, match=f"{op} has no backend 'fast'; choose 'reference' or 'torch'.*, or None"):
         resolve_backend(op, "fast")

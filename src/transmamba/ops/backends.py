@@ -1,20 +1,33 @@
 """Which implementation an op uses here, and why. The only place that decides.
 
-`reference` is the specification (sequential, any float dtype), `torch` the fast form in plain PyTorch, on any device.
+`reference` is the specification (sequential, any float dtype), `torch` the fast form in plain PyTorch, on any device,
+`triton` our GPU kernels.
 """
 
+import logging
+import os
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
 
 from transmamba.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch"),
-    "hybrid_mixer": ("reference", "torch"),
-    "memory_converter": ("reference", "torch"),
+    "hybrid_mixer": ("reference", "torch", "triton"),
+    "memory_converter": ("reference", "torch", "triton"),
     "softmax_attention": ("reference", "torch"),
-    "ssd_scan": ("reference", "torch"),
+    "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch"),
 }
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_MAX_SIZE = 256  # of state_size and head_dim; beyond it a program's registers do not hold a state's columns
+TRITON_CAPABILITY = (8, 0)  # the first GPUs with bf16 and tf32 matrix units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +39,79 @@ class BackendChoice:
     reason: str
 
 
-def resolve_backend(op: str, backend: str | None) -> str:
-    """Return the backend that `op` will use; raise InputError for one it does not have."""
+def resolve_backend(op: str, backend: str | None, *inputs: Tensor) -> str:
+    """Return the backend that `op` will use on these tensors, of which all share a device and a dtype.
+
+    Raises InputError for a backend that the op does not have, or that cannot run on them.
+    """
     known = _IMPLEMENTED[op]
-    if backend is None:
-        return "torch"
-    if backend not in known:
+    if backend is not None and backend not in known:
         raise InputError(f"{op} has no backend {backend!r}; choose {' or '.join(map(repr, known))}, or None.")
-    return backend
+    if "triton" not in known or backend in ("reference", "torch"):
+        return backend or "torch"
+    obstacle = _obstacle(inputs)
+    if backend == "triton":
+        if obstacle:
+            raise InputError(f"{op} cannot run on backend 'triton': {obstacle}; pass backend='torch', or None.")
+        return "triton"
+    if not inputs or inputs[0].device.type != "cuda":
+        return "torch"
+    if obstacle:
+        if not torch.compiler.is_compiling():
+            _announce(op, obstacle)
+        return "torch"
+    return "triton"
 
 
 def explain(device: str = "cpu") -> list[BackendChoice]:
     """For every op: the backend that backend=None resolves to on this device type, and why."""
+    return [_explain(op, device) for op in sorted(_IMPLEMENTED)]
+
+
+def _explain(op: str, device: str) -> BackendChoice:
+    if device == "cuda" and "triton" in _IMPLEMENTED[op]:
+        obstacle = _missing_triton()
+        if not obstacle:
+            reason = "our GPU kernels, for bf16, fp16 and fp32; fp64 runs as plain PyTorch"
+            return BackendChoice(op=op, backend="triton", reason=reason)
+        return BackendChoice(op=op, backend="torch", reason=f"plain PyTorch, since {obstacle}")
     reasons = {
         "cpu": "matrix products and vector code in plain PyTorch; the only fast form on a CPU",
         "cuda": "plain PyTorch, right but not the fastest; there is no GPU kernel for this op in this version",
     }
     reason = reasons.get(device, "plain PyTorch runs on any device")
-    return [BackendChoice(op=op, backend=resolve_backend(op, None), reason=reason) for op in sorted(_IMPLEMENTED)]
+    return BackendChoice(op=op, backend="torch", reason=reason)
+
+
+def _obstacle(inputs: tuple[Tensor, ...]) -> str:
+    """Why the Triton kernels cannot run on these tensors; empty if they can."""
+    missing = _missing_triton()
+    if missing or not inputs:
+        return missing
+    x = inputs[0]
+    if x.dtype not in TRITON_DTYPES:
+        return f"its kernels are for bf16, fp16 and fp32, and the inputs are {str(x.dtype).removeprefix('torch.')}"
+    size = max(int(x.shape[-1]) for x in inputs)
+    if size > TRITON_MAX_SIZE:
+        return f"its kernels are for state_size and head_dim up to {TRITON_MAX_SIZE}, and here it is {size}"
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < TRITON_CAPABILITY:
+            needed, found = (".".join(map(str, pair)) for pair in (TRITON_CAPABILITY, capability))
+            return f"its kernels need compute capability {needed}, and {x.device} has {found}"
+        return ""
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"its kernels need a CUDA device, and the inputs are on {x.device}"
+
+
+def _missing_triton_uncached() -> str:
+    return "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
+
+
+_missing_triton = lru_cache(maxsize=1)(_missing_triton_uncached)
+
+
+@lru_cache(maxsize=64)  # says each thing once
+def _announce(op: str, obstacle: str) -> None:
+    logger.warning("%s runs as plain PyTorch, which is slower: %s", op, obstacle)

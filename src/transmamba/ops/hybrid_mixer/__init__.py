@@ -107,7 +107,10 @@ def hybrid_mixer(
                 f"{op}: rotary embedding needs an even state_size, and it is {q.shape[3]}; pass rotary=None."
             )
     borders = None if cu_seqlens is None else check_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
-    implementation = hybrid_mixer_reference if resolve_backend(op, backend) == "reference" else hybrid_mixer_torch
+    name = resolve_backend(op, backend, k, v)
+    implementation = hybrid_mixer_reference if name == "reference" else hybrid_mixer_torch
+    if name == "triton":
+        from .triton import hybrid_mixer_triton as implementation
     y, state = implementation(
         q,
         k,

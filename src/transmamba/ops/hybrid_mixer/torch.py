@@ -37,14 +37,14 @@ def hybrid_mixer_torch(
         return ssd_scan_torch(q, k, v, dt, A, D, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         before, after = slice(None, trans_point), slice(trans_point, None)
-        y_attention = attention_mode(q[:, before], k[:, before], v[:, before], dt, _rotary_at(rotary, before), None)
+        y_attention = attention_mode(q[:, before], k[:, before], v[:, before], dt, rotary_at(rotary, before), None)
         state = memory_converter_torch(k[:, before], v[:, before], dt[:, before], A)
         y_ssm, state = ssd_scan_torch(q[:, after], k[:, after], v[:, after], dt[:, after], A, D, initial_state=state)
         return torch.cat([y_attention, y_ssm], dim=1), state
 
     split = split_documents(tuple(cu_seqlens), trans_point, q.device)
     q_s, k_s, v_s, dt_s = (x[:, split.prefix] for x in (q, k, v, dt))
-    y_attention = attention_mode(q_s, k_s, v_s, dt_s, _rotary_at(rotary, split.prefix), split.prefix_borders)
+    y_attention = attention_mode(q_s, k_s, v_s, dt_s, rotary_at(rotary, split.prefix), split.prefix_borders)
     state = memory_converter_torch(k_s, v_s, dt_s, A, cu_seqlens=split.prefix_borders)
     q_l, k_l, v_l, dt_l = (x[:, split.suffix] for x in (q, k, v, dt))
     y_ssm, state = ssd_scan_torch(q_l, k_l, v_l, dt_l, A, D, initial_state=state, cu_seqlens=split.suffix_borders)
@@ -66,5 +66,5 @@ def attention_mode(
     return expand_heads(y, max(y.shape[2], dt.shape[2]), dim=2)
 
 
-def _rotary_at(rotary: tuple[Tensor, Tensor] | None, index: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+def rotary_at(rotary: tuple[Tensor, Tensor] | None, index: slice | Tensor) -> tuple[Tensor, Tensor] | None:
     return None if rotary is None else (rotary[0][..., index, :], rotary[1][..., index, :])

@@ -48,6 +48,10 @@ def memory_converter(
     rows = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_ssd_inputs("memory_converter", None, k, v, dt, A, state=initial_state, num_states=rows, validate=validate)
     borders = None if cu_seqlens is None else check_cu_seqlens("memory_converter", cu_seqlens, k.shape[0], k.shape[1])
-    name = resolve_backend("memory_converter", backend)
+    name = resolve_backend("memory_converter", backend, k, v)
+    if name == "triton":
+        from .triton import memory_converter_triton
+
+        return memory_converter_triton(k, v, dt, A, initial_state=initial_state, cu_seqlens=borders)
     implementation = memory_converter_reference if name == "reference" else memory_converter_torch
     return implementation(k, v, dt, A, initial_state=initial_state, cu_seqlens=borders)

@@ -74,7 +74,7 @@ def ssd_scan(
         cu_seqlens: borders of packed documents, [0, ..., seq_len], batch 1. Each document starts from its own state.
         return_final_state: also return the state after each row's (document's) last token, fp32 (fp64 for fp64 inputs).
         validate: read the values on the CPU for NaN, dt < 0 and A >= 0.
-        backend: "reference" | "torch" | None.
+        backend: "reference" | "torch" | "triton" | None, which takes "triton" on CUDA devices where it can run.
 
     Returns:
         y (batch, seq_len, heads, head_dim) in v's dtype; with return_final_state, (y, state).
@@ -88,6 +88,12 @@ def ssd_scan(
     rows = None if cu_seqlens is None else len(cu_seqlens) - 1
     check_ssd_inputs("ssd_scan", q, k, v, dt, A, D, state=initial_state, num_states=rows, validate=validate)
     borders = None if cu_seqlens is None else check_cu_seqlens("ssd_scan", cu_seqlens, k.shape[0], k.shape[1])
-    implementation = ssd_scan_reference if resolve_backend("ssd_scan", backend) == "reference" else ssd_scan_torch
-    y, state = implementation(q, k, v, dt, A, D, initial_state=initial_state, cu_seqlens=borders)
+    name = resolve_backend("ssd_scan", backend, k, v)
+    if name == "triton":
+        from .triton import ssd_scan_triton
+
+        y, state = ssd_scan_triton(q, k, v, dt, A, D, initial_state=initial_state, cu_seqlens=borders)
+    else:
+        implementation = ssd_scan_reference if name == "reference" else ssd_scan_torch
+        y, state = implementation(q, k, v, dt, A, D, initial_state=initial_state, cu_seqlens=borders)
     return (y, state) if return_final_state else y
