@@ -1,6 +1,6 @@
 """Using trained models: loading, writing text, measuring speed."""
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, load_teacher
 from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
@@ -10,6 +10,7 @@ __all__ = [
     "SpeedPoint",
     "continue_prompt",
     "load_checkpoint",
+    "load_teacher",
     "measure_speed",
     "resolve_device",
 ]

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from transmamba.errors import CheckpointError, TransMambaError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "load_teacher"]
 
 MODEL_FOLDER = "model"  # in the folder of a run
 WEIGHTS = "model.safetensors"
@@ -45,6 +45,33 @@ def load_checkpoint(
         )
     with without_progress_bars():
         model = TransMambaForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    return model.to(device).eval(), tokenizer
+
+
+def load_teacher(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The causal language model and the tokenizer of a folder, the model in its own class and in evaluation mode.
+
+    path: the folder of any causal language model that transformers knows, or what load_checkpoint takes. Only
+    safetensors are read, and no code from the folder is run.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, or holds no such model.
+    """
+    folder = _model_folder(Path(path))
+    if _read_json(folder / "config.json").get("model_type") == TransMambaConfig.model_type:
+        return load_checkpoint(folder, device=device, dtype=dtype)
+    _read_shapes(folder)
+    tokenizer = _load_tokenizer(folder)
+    try:
+        with without_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
     return model.to(device).eval(), tokenizer
 
 
