@@ -138,6 +138,17 @@ class TransPointSchedule(tuple[int | None, ...]):
         _check_count("seq_len", seq_len)
         return type(self)(None if entry is None or entry >= seq_len else entry for entry in self)
 
+    def segments(self, seq_len: int) -> list[tuple[int, int]]:
+        """The stretches (start, end) of [0, seq_len) within which no layer switches."""
+        _check_count("seq_len", seq_len)
+        inner = sorted({entry for entry in self if entry is not None and 0 < entry < seq_len})
+        return list(zip([0, *inner], [*inner, seq_len], strict=True))
+
+    def attention_share(self, seq_len: int) -> float:
+        """The share of layer-tokens that attention mixes, between 0 and 1, in a document of `seq_len` tokens."""
+        _check_count("seq_len", seq_len)
+        return sum(_attention_tokens(entry, seq_len) for entry in self) / (len(self) * seq_len)
+
     def between(self, other: Iterable[int | None], count: int, seq_len: int) -> list[Self]:
         """`count` schedules from this one to `other`, both included, for documents of `seq_len` tokens.
 
@@ -156,17 +167,6 @@ class TransPointSchedule(tuple[int | None, ...]):
             for number in range(1, count - 1)
         ]
         return [self, *steps, end]
-
-    def segments(self, seq_len: int) -> list[tuple[int, int]]:
-        """The stretches (start, end) of [0, seq_len) within which no layer switches."""
-        _check_count("seq_len", seq_len)
-        inner = sorted({entry for entry in self if entry is not None and 0 < entry < seq_len})
-        return list(zip([0, *inner], [*inner, seq_len], strict=True))
-
-    def attention_share(self, seq_len: int) -> float:
-        """The share of layer-tokens that attention mixes, between 0 and 1, in a document of `seq_len` tokens."""
-        _check_count("seq_len", seq_len)
-        return sum(_attention_tokens(entry, seq_len) for entry in self) / (len(self) * seq_len)
 
     def kv_tokens(self, position: int) -> tuple[int, ...]:
         """How many tokens' keys and values each layer holds once `position` tokens have been read."""

@@ -44,6 +44,7 @@ FLAGS = {
         "--trans-points",
     },
     "quickstart": {"--device", "--output", "--seed", "--smoke"},
+    "report": {"STUDENT", "--against", "--device", "--output", "--set", "--text"},
     "schedule": {"SCHEDULE", "--config", "--figure", "--layers", "--seq-len"},
     "train": {"RECIPE", "--device", "--output", "--resume", "--set", "--text", "--tokenizer"},
 }

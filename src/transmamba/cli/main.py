@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "Measure the loss per byte of a model, and the loss by position.",
     "schedule": "Show a TransPoint schedule: its modes, FLOPs and cache bytes.",
     "convert": "Convert a pretrained Transformer without changing what it computes.",
+    "report": "Compare a student with its teacher: quality, recall, speed and memory.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",
 }
 

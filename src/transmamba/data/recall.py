@@ -1,7 +1,7 @@
 """Prompts that ask for something that stood far back: a needle in real text, and a line of a phone book.
 
-    needle       one sentence, "Ada Baker was born in the city of Oslo", hidden in real text; the wrong answers are other
-                 cities. Who has kept a trace of the right one can tell it from them.
+    needle       one sentence, "Ada Baker was born in the city of Oslo", hidden in real text; the wrong answers are
+                 other cities. Who has kept a trace of the right one can tell it from them.
     phone-book   lines of a name and a number, real text before them; the wrong answers are numbers of the same book.
                  Who has not kept which number belongs to whom can only guess.
 
@@ -120,11 +120,11 @@ def _check(task: str, texts: Sequence[str], count: int, num_choices: int, depths
 
 def _plans(
     task: str, tokenizer: PreTrainedTokenizerFast, count: int, num_choices: int, seed: int
-) -> "list[_Needle] | list[_PhoneBook]":
+) -> "list[_Needle | _PhoneBook]":
     backend = corpus_backend(tokenizer)
     first = tokenizer.bos_token_id
     begins = first is not None and tokenizer("a").input_ids[:1] == [first]
-    kind = _Needle if task == "needle" else _PhoneBook
+    kind: type[_Needle] | type[_PhoneBook] = _Needle if task == "needle" else _PhoneBook
     # A seed per prompt, so that more of them begin with the same ones.
     return [kind(backend, [first] if begins else [], num_choices, f"{seed} {task} {n}") for n in range(count)]
 
