@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.conversion.checkpoints import save_source, tiny_source
 from transmamba.data import load_tokenizer
 from transmamba.errors import CheckpointError
-from transmamba.inference import load_checkpoint
+from transmamba.inference import load_checkpoint, load_teacher
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 
 
@@ -121,3 +123,42 @@ def test_paths_that_are_no_models_are_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a run that has not come to its end"):
         load_checkpoint(tmp_path)
+
+
+def test_a_teacher_is_loaded_in_its_own_class(folder: Path, tmp_path: Path) -> None:
+    for name, kind in (("Llama", LlamaForCausalLM), ("GPT-2", GPT2LMHeadModel)):
+        source = tiny_source(name)
+        model, tokenizer = load_teacher(save_source(source, tmp_path / name), dtype=torch.float64)
+        assert type(model) is kind
+        assert not model.training
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+        assert all(torch.equal(x.double(), y) for x, y in zip(source.parameters(), model.parameters(), strict=True))
+        assert len(tokenizer) == 257
+    model, _ = load_teacher(folder)
+    assert isinstance(model, TransMambaForCausalLM)
+
+
+def test_a_teacher_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    folder = save_source(tiny_source("Llama"), tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight in it"):
+        load_teacher(folder)
+    os.truncate(folder / "model.safetensors", 100)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_teacher(folder)
+
+
+def test_what_is_no_teacher_is_said_to_be_none(tmp_path: Path) -> None:
+    folder = save_source(tiny_source("Llama"), tmp_path / "teacher")
+    for change, message in (
+        ({"model_type": "t5"}, "cannot be loaded"),
+        ({"model_type": "unheard"}, "cannot be loaded"),
+    ):
+        content = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            load_teacher(folder)
+    with pytest.raises(CheckpointError, match="There is no"):
+        load_teacher(tmp_path / "absent")

@@ -63,15 +63,23 @@ def load_teacher(
     if _read_json(folder / "config.json").get("model_type") == TransMambaConfig.model_type:
         return load_checkpoint(folder, device=device, dtype=dtype)
     _read_shapes(folder)
-    tokenizer = _load_tokenizer(folder)
     try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         with without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+    if loading["missing_keys"]:  # transformers draws them at random and goes on
+        raise CheckpointError(
+            f"{folder} is incomplete: there is no tensor {min(loading['missing_keys'])} in it. Copy it anew."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"The tokenizer in {folder} is a {type(tokenizer).__name__}, written in Python; save a tokenizer.json."
+        )
     return model.to(device).eval(), tokenizer
 
 

@@ -154,8 +154,12 @@ def position_figure(
     what: str,
     trans_points: Iterable[int | None] = (),
     bottom: float | None = None,
+    is_share: bool = False,
 ) -> Figure:
-    """Any measure against the position in the document, drawn as in `loss_by_position`; bottom: of its axis."""
+    """Any measure against the position in the document, drawn as in `loss_by_position`.
+
+    bottom: of its axis. is_share: write it in percent.
+    """
     with rc_context(STYLE):
         figure, axes = _line_figure(curves, colours)
         positions = [x for points in curves.values() for x, _ in points]
@@ -182,6 +186,8 @@ def position_figure(
         axes.set_ylabel(what)
         if bottom is not None:
             axes.set_ylim(bottom=bottom)
+        if is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
 
 

@@ -253,7 +253,9 @@ class StudentReport:
     def page(self) -> Page:
         """The report as a page: findings, the table, then how each was found."""
         measured = self.measured
-        page = Page("A student and its teacher", subtitle=f"{self.student} against {self.teacher}, {self.date}")
+        page = Page(
+            "A student and its teacher", subtitle=f"{_name(self.student)} against {_name(self.teacher)}, {self.date}"
+        )
         findings = measured.findings()
         page.finding(findings.headline)
         for label, sentences in findings.groups:
@@ -358,8 +360,8 @@ def _schedule_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
         if all(rise <= 0 for rise in rises):
             points.append(
                 (
-                    "kept",
-                    f"A choice: at {len(losses)} schedules from its own to none, which can be set at any time, more "
+                    "gained",
+                    f"Its schedule can be set at any time: at {len(losses)} of them, from its own to none, more "
                     "attention always gave a lower perplexity.",
                 )
             )
@@ -383,24 +385,21 @@ def _recall_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
         assert ours is not None
         lengths = sorted({row.length for row in measured.student.recall if row.task == task})
         choices = round(1 / ours.chance)
-        where = f"{task} recall at {_range(lengths)} tokens of context"
+        where = f"{_capital(task)} recall at {_range(lengths)} tokens of context"
         numbers = (
-            f"the student finds the right one of {choices} answers {_percent(ours.chosen)} of the time, the teacher "
-            f"{_percent(theirs.chosen)}, and guessing {_percent(ours.chance)} ({ours.count} questions)"
+            f"The student finds the right one of {choices} answers the likeliest {_percent(ours.chosen)} of the time, "
+            f"and writes it exactly {_percent(ours.exact)}; the teacher {_percent(theirs.chosen)} and "
+            f"{_percent(theirs.exact)}. Guessing gives {100 * ours.chance:.3g} % ({ours.count} questions)."
         )
-        gap = ours.chosen - theirs.chosen
-        noise = SIGMAS * sqrt(_variance(ours) + _variance(theirs))
+        changes = [_change(theirs, ours, measure) for measure in ("chosen", "exact")]
         if not _above_chance(theirs) and not _above_chance(ours):
             points.append(
-                (
-                    "unknown",
-                    f"{_capital(where)}: neither model does better than guessing, so nothing can be said ({numbers}).",
-                )
+                ("unknown", f"{where}: neither model does better than guessing, so nothing can be said. {numbers}")
             )
-        elif abs(gap) <= noise:
-            points.append(("kept", f"{_capital(where)}, as far as {ours.count} questions can tell: {numbers}."))
+        elif not any(changes):
+            points.append(("kept", f"{where}, as far as {ours.count} questions can tell. {numbers}"))
         else:
-            points.append(("gained" if gap > 0 else "costs", f"{_capital(where)}: {numbers}."))
+            points.append(("costs" if min(changes) < 0 else "gained", f"{where}. {numbers}"))
     return points
 
 
@@ -416,7 +415,9 @@ def _memory_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
     never = sum(entry is None for entry in entries)
     last = max((entry for entry in entries if entry is not None), default=0)
     if never:
-        text += f", and goes on growing: {never} of {len(entries)} layers never switch."
+        text += (
+            f", and goes on growing: {never} of {len(entries)} layers never {'switch' if never > 1 else 'switches'}."
+        )
     elif last <= ours.length:
         text += ", and does not grow any more, however long the text."
     else:
@@ -460,7 +461,7 @@ def _summary_rows(measured: StudentMeasurements) -> list[list[str]]:
         theirs, ours = teacher.recalled(task), student.recalled(task)
         assert theirs is not None
         assert ours is not None
-        of = f"right of {round(1 / ours.chance)}"
+        of = f"right choice of {round(1 / ours.chance)}"
         rows += [
             [f"{task}: {of}", _percent(theirs.chosen), _percent(ours.chosen), ""],
             [f"{task}: written exactly", _percent(theirs.exact), _percent(ours.exact), ""],
@@ -491,12 +492,15 @@ def _summary_rows(measured: StudentMeasurements) -> list[list[str]]:
 
 
 def _summary_caption(measured: StudentMeasurements, text: str) -> str:
-    parts = [f"Quality over {measured.num_tokens:,} tokens of {text}, in windows of {measured.seq_len:,}."]
+    parts = [
+        f"Perplexity says how much a text surprises a model; lower is better, 1 is not at all. Measured on "
+        f"{measured.num_tokens:,} tokens of {text}, in windows of {measured.seq_len:,}."
+    ]
     if measured.tasks:
         lengths = sorted({row.length for row in measured.student.recall})
-        parts.append(f"Recall is the mean over contexts of {_range(lengths)} tokens.")
+        parts.append(f"Needle and phone-book are explained below; means over contexts of {_range(lengths)} tokens.")
     if measured.student.speed:
-        parts.append("Speed and memory are of random tokens.")
+        parts.append("Reading is of a whole prompt, writing one token at a time, the cache what is kept in between.")
     return " ".join(parts)
 
 
@@ -559,23 +563,23 @@ def _add_positions(page: Page, measured: StudentMeasurements) -> None:
             "Where the student stays behind, it has lost what stood far back. Dotted lines are its TransPoints.",
         )
     if measured.agreement:
-        for what, values, bottom, words in (
+        for what, values, is_share, words in (
             (
-                "same next token (share)",
+                "same next token",
                 [((row.start + row.end - 1) / 2, row.top1) for row in measured.agreement],
-                0.0,
+                True,
                 "For how many tokens the student's likeliest next token is the teacher's, by position.",
             ),
             (
                 "KL(teacher || student), nats per token",
                 [((row.start + row.end - 1) / 2, row.kl) for row in measured.agreement],
-                0.0,
+                False,
                 "How far the student's probabilities are from the teacher's, by position; 0 is equal.",
             ),
         ):
             page.figure(
                 figures.position_figure(
-                    {STUDENT: values}, colours=colours, what=what, trans_points=points, bottom=bottom
+                    {STUDENT: values}, colours=colours, what=what, trans_points=points, bottom=0, is_share=is_share
                 ),
                 words,
             )
@@ -614,13 +618,15 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
         task: {name: _by_depth(model.recall_by_depth, task) for name, model in models.items()}
         for task in measured.tasks
     }
+    by_depth_rows = measured.student.recall_by_depth
     if all(len(points) > 1 for curves in by_depth.values() for points in curves.values()):
         page.figure(
             figures.recall_figure(
                 by_depth, colours=colours, chance=chance, x_label="place of the fact", is_length=False
             ),
             "Right choices against the place of the fact: 0 % stands first in the context, 100 % just before the "
-            "question. All lengths together.",
+            f"question. All lengths together; a point is known to about {_known_to(_fewest(by_depth_rows))} percentage "
+            "points either way.",
         )
     rows = []
     for ours in measured.student.recall:
@@ -639,13 +645,12 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
                 ]
             )
     counts = sorted({row.count for row in measured.student.recall})
-    worst = 100 * SIGMAS * sqrt(0.25 / counts[0])
     page.table(
-        ["", "context", "layers in attention", "right choice", "written exactly", "loss of the answer"],
+        ["task", "context", "layers in attention", "right choice", "written exactly", "loss of the answer"],
         rows,
         caption=f"Teacher / student, {_range(counts)} questions a row, so a share is known to about "
-        f"{worst:.0f} percentage points either way. Layers in attention: of the student's, where it reads the "
-        "question. Written exactly: by greedy decoding. Loss in nats per token.",
+        f"{_known_to(counts[0])} percentage points either way. Layers in attention: of the student's, where it reads "
+        "the question. Written exactly: by greedy decoding. Loss in nats per token.",
     )
 
 
@@ -714,14 +719,36 @@ def _by_depth(rows: Sequence[RecallRow], task: str) -> list[tuple[float, float]]
     return [(depth, row.chosen) for depth, row in pooled if row is not None]
 
 
-def _variance(row: RecallRow) -> float:
-    """Of the share chosen; where all or none are right, as if half an answer were not."""
-    share = min(max(row.chosen, 0.5 / row.count), 1 - 0.5 / row.count)
-    return share * (1 - share) / row.count
+def _fewest(rows: Sequence[RecallRow]) -> int:
+    """Of the counts of a task's depths, over all lengths, the smallest."""
+    counts: dict[tuple[str, float | None], int] = {}
+    for row in rows:
+        counts[row.task, row.depth] = counts.get((row.task, row.depth), 0) + row.count
+    return min(counts.values())
+
+
+def _known_to(count: int) -> str:
+    """Percentage points to which a share of `count` answers is known, where it is near a half."""
+    return f"{100 * SIGMAS * sqrt(0.25 / count):.0f}"
+
+
+def _change(theirs: RecallRow, ours: RecallRow, measure: str) -> int:
+    """Whether a share of right answers fell (-1), rose (1), or moved no more than two draws of it would differ (0)."""
+    shares = [(getattr(row, measure), row.count) for row in (theirs, ours)]
+    noise = SIGMAS * sqrt(sum(_variance(share, count) for share, count in shares))
+    gap = shares[1][0] - shares[0][0]
+    return 0 if abs(gap) <= noise else 1 if gap > 0 else -1
+
+
+def _variance(share: float, count: int) -> float:
+    """Of a share of `count` answers; where all or none are right, as if half an answer were not."""
+    share = min(max(share, 0.5 / count), 1 - 0.5 / count)
+    return share * (1 - share) / count
 
 
 def _above_chance(row: RecallRow) -> bool:
-    return row.chosen > row.chance + SIGMAS * sqrt(row.chance * (1 - row.chance) / row.count)
+    bound = row.chance + SIGMAS * sqrt(row.chance * (1 - row.chance) / row.count)
+    return max(row.chosen, row.exact) > bound
 
 
 def _colours(measured: StudentMeasurements) -> dict[str, str]:
@@ -775,6 +802,10 @@ def _short(schedule: TransPointSchedule) -> str:
         else:
             words.append([word, 1])
     return ", ".join(word if count == 1 else f"{word} (x{count})" for word, count in words)
+
+
+def _name(path: str) -> str:
+    return Path(path).name or path
 
 
 def _capital(text: str) -> str:
