@@ -297,6 +297,48 @@ def count_by_hand(shape: MixerShape, trans_point: int | None, tokens: int) -> di
     return counted
 
 
+class TestBetween:
+    def test_doubling_transpoints_stay_so_and_the_ends_are_kept(self) -> None:
+        start = TransPointSchedule([0, 63, 255, None])
+        family = start.between([None] * 4, 5, 255)
+        assert (family[0], family[-1]) == (start, [None] * 4)
+        # P + 1 grows by (256 / 1)^(1/4) = 4 a step in the first layer, by 4^(1/4) in the second, not in the third.
+        assert [schedule[0] for schedule in family] == [0, 3, 15, 63, None]
+        assert [schedule[1] for schedule in family] == [63, 90, 127, 180, None]
+        assert {schedule[2] for schedule in family} == {255, None}
+        assert {schedule[3] for schedule in family} == {None}
+
+    def test_every_layer_moves_one_way(self) -> None:
+        start = TransPointSchedule([0, 1, 7, 100, 300, None])
+        family = start.between(TransPointSchedule([None, 0, 90, 100, None, 3]), 9, 256)
+        for layer, falls in enumerate([False, True, False, False, False, True]):
+            heights = [256 if s[layer] is None else min(s[layer], 256) for s in family]
+            assert heights == sorted(heights, reverse=falls)
+
+    def test_attention_grows_on_the_way_to_attention(self) -> None:
+        family = TransPointSchedule.named("v9", 8, 512).between([None] * 8, 5, 512)
+        shares = [schedule.attention_share(512) for schedule in family]
+        assert shares == sorted(set(shares))
+        assert shares[-1] == 1
+
+    def test_there_and_back_is_the_same_way(self) -> None:
+        one, other = TransPointSchedule([0, 9, None]), TransPointSchedule([None, 3, 0])
+        assert one.between(other, 6, 100) == other.between(one, 6, 100)[::-1]
+
+    def test_one_schedule_is_itself(self) -> None:
+        assert TransPointSchedule([0, None]).between([0, None], 1, 64) == [[0, None]]
+        with pytest.raises(ScheduleError, match="count=1 has no room for two"):
+            TransPointSchedule([0, None]).between([0, 0], 1, 64)
+
+    @pytest.mark.parametrize(
+        ("other", "count", "seq_len", "message"),
+        [([0], 3, 64, "1 entries"), ([0, 0], 0, 64, "count=0"), ([0, 0], 3, 0, "seq_len=0")],
+    )
+    def test_what_does_not_fit_is_refused(self, other, count: int, seq_len: int, message: str) -> None:
+        with pytest.raises(TransMambaError, match=message):
+            TransPointSchedule([0, None]).between(other, count, seq_len)
+
+
 class TestFlops:
     @pytest.mark.parametrize("trans_point", [0, 1, 7, 8, 18, 19, 20, None])
     @pytest.mark.parametrize("tokens", [1, 8, 19])

@@ -170,6 +170,25 @@ class TransPointSchedule(tuple[int | None, ...]):
         _check_count("seq_len", seq_len)
         return sum(_attention_tokens(entry, seq_len) for entry in self) / (len(self) * seq_len)
 
+    def between(self, other: Iterable[int | None], count: int, seq_len: int) -> list[Self]:
+        """`count` schedules from this one to `other`, both included, for documents of `seq_len` tokens.
+
+        Every layer's P + 1 grows or shrinks by one factor at every step, a layer that never switches counting as
+        P = `seq_len`. The two ends stay as they are.
+        """
+        _check_count("seq_len", seq_len)
+        _check_count("count", count)
+        end = type(self)(other).check_num_layers(len(self))
+        if count == 1:
+            if self != end:
+                raise ScheduleError("count=1 has no room for two schedules that differ; ask for 2 or more.")
+            return [self]
+        steps = [
+            type(self)(_on_the_way(a, b, number / (count - 1), seq_len) for a, b in zip(self, end, strict=True))
+            for number in range(1, count - 1)
+        ]
+        return [self, *steps, end]
+
     def kv_tokens(self, position: int) -> tuple[int, ...]:
         """How many tokens' keys and values each layer holds once `position` tokens have been read."""
         return tuple(position if mode == "attention" else 0 for mode in self.modes_at(position))
@@ -463,6 +482,13 @@ def _scaled_cycle(name: str, seq_len: int) -> tuple[int, ...]:
 
 def _scale(published: Sequence[int], seq_len: int) -> tuple[int, ...]:
     return tuple((2 * entry * seq_len + PUBLISHED_SEQ_LEN) // (2 * PUBLISHED_SEQ_LEN) for entry in published)
+
+
+def _on_the_way(start: int | None, end: int | None, share: float, seq_len: int) -> int | None:
+    if start == end:
+        return start
+    first, last = (seq_len if entry is None else min(entry, seq_len) for entry in (start, end))
+    return round((first + 1) ** (1 - share) * (last + 1) ** share) - 1
 
 
 def _check_entry(layer: int, entry: object) -> int | None:

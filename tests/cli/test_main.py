@@ -69,6 +69,7 @@ FLAGS = {
     },
     "quickstart": {"--device", "--output", "--seed", "--smoke"},
     "record": {"TEACHER", "OUT", "--data", "--device", "--set", "--tokens"},
+    "report": {"STUDENT", "--against", "--device", "--output", "--set", "--text"},
     "schedule": {"SCHEDULE", "--config", "--figure", "--layers", "--seq-len"},
     "train": {"RECIPE", "--device", "--output", "--resume", "--set", "--text", "--tokenizer"},
 }

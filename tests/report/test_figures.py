@@ -14,6 +14,9 @@ from transmamba.report import (
     loss_by_position,
     loss_curves,
     model_colours,
+    position_figure,
+    quality_by_schedule,
+    recall_figure,
     schedule_figure,
     schedules_figure,
     throughput_figure,
@@ -95,8 +98,9 @@ def test_several_schedules_get_a_panel_each() -> None:
         loss_by_position(CURVES, colours=COLOURS),
         throughput_figure(CURVES, colours=COLOURS, what="decoding"),
         cache_figure(CURVES, colours=COLOURS),
+        position_figure(CURVES, colours=COLOURS, what="KL"),
     ],
-    ids=["loss", "position", "throughput", "cache"],
+    ids=["loss", "position", "throughput", "cache", "any position"],
 )
 def test_every_model_has_a_line_in_its_colour_with_its_numbers(figure: Figure) -> None:
     lines = figure.axes[0].get_lines()
@@ -178,3 +182,33 @@ def test_nothing_to_draw_is_an_error() -> None:
         cache_figure({}, colours=COLOURS)
     with pytest.raises(InputError, match="no schedule"):
         schedules_figure({}, 256)
+
+
+def test_a_schedules_quality_is_drawn_against_its_teachers() -> None:
+    points = [(0.25, 30.0), (1.0, 20.0)]
+    figure = quality_by_schedule({"d": points}, colours=COLOURS, level=("a", 19.5), what="perplexity")
+    line, level = figure.axes[0].get_lines()
+    assert list(zip(*line.get_data(), strict=True)) == points
+    assert set(level.get_ydata()) == {19.5}
+    assert (line.get_color(), level.get_color()) == (COLOURS["d"], COLOURS["a"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["d", "a"]
+
+
+def test_recall_has_a_panel_for_each_task_and_the_level_of_guessing() -> None:
+    panels = {task: {"a": [(64, 0.5), (128, share)], "d": [(64, 0.25), (128, 0.2)]} for task, share in PANELS.items()}
+    figure = recall_figure(panels, colours=COLOURS, chance=CHANCE, x_label="context", is_length=True)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(PANELS)
+    for axes, (task, curves) in zip(figure.axes, panels.items(), strict=True):
+        *lines, level = axes.get_lines()
+        assert [list(zip(*line.get_data(), strict=True)) for line in lines] == list(curves.values())
+        assert set(level.get_ydata()) == {CHANCE[task]}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "d", "guessing"]
+
+
+PANELS = {"needle": 0.75, "phone-book": 1.0}
+CHANCE = {"needle": 0.25, "phone-book": 0.125}
+
+
+def test_no_recall_is_an_error() -> None:
+    with pytest.raises(InputError, match="no recall to draw"):
+        recall_figure({}, colours=COLOURS, chance={}, x_label="", is_length=False)

@@ -56,6 +56,7 @@ def make_figure() -> Figure:
 def make_nasty_page() -> Page:
     page = Page(NASTY, subtitle=NASTY)
     page.finding(NASTY)
+    page.points(NASTY, [NASTY])
     page.section(NASTY)
     page.paragraph(NASTY)
     page.code(NASTY)
@@ -68,9 +69,9 @@ def make_nasty_page() -> Page:
 def test_text_is_escaped_everywhere() -> None:
     tree = parse(make_nasty_page())
     assert "script" not in tree.tags
-    # title, heading, subtitle, finding, section, paragraph, code, figure caption,
+    # title, heading, subtitle, finding, label, point, section, paragraph, code, figure caption,
     # header, cell, table caption, prompt, text, mark, text
-    assert tree.text.count(NASTY) == 15
+    assert tree.text.count(NASTY) == 17
     assert ("alt", NASTY) in tree.attributes
 
 
@@ -126,6 +127,19 @@ def test_empty_headers_are_not_shown() -> None:
     page = Page("t")
     page.table(["", ""], [["a", "1"]])
     assert "<thead>" not in page.render()
+
+
+def test_points_stand_under_their_label() -> None:
+    page = Page("t")
+    page.points("Kept", ["one.", "12 %."])
+    assert "<p>Kept</p><ul><li>one.</li><li>12&nbsp;%.</li></ul>" in page.render()
+
+
+def test_only_wide_tables_scroll_on_a_phone() -> None:
+    for columns, narrow in ((4, True), (5, False)):
+        page = Page("t")
+        page.table(["n"] * columns, [["1"] * columns])
+        assert ('<table class="narrow">' in page.render()) is narrow
 
 
 def test_a_row_of_the_wrong_width_is_refused() -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "convert": "Convert a pretrained Transformer without changing what it computes.",
     "distill": "Distil a teacher into a TransMamba while its TransPoints come down.",
     "record": "Store a teacher's most probable next tokens, for distillation without it.",
+    "report": "Compare a student with its teacher: quality, recall, speed and memory.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",
 }
 

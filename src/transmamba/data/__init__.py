@@ -9,18 +9,23 @@ An item of the data set is what the model's `forward` takes: input_ids, labels a
 
 from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
 from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
+from transmamba.data.recall import RECALL_TASKS, RecallPrompt, recall_prompts, shortest_recall
 from transmamba.data.text import Documents, TextSource, load_documents
 from transmamba.data.tokenizers import load_tokenizer, token_byte_lengths
 
 __all__ = [
     "BUILTIN_CORPORA",
     "IGNORE_INDEX",
+    "RECALL_TASKS",
     "Documents",
     "PackedDataset",
+    "RecallPrompt",
     "TextSource",
     "load_builtin",
     "load_documents",
     "load_tokenizer",
     "pack_documents",
+    "recall_prompts",
+    "shortest_recall",
     "token_byte_lengths",
 ]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transmamba.errors import CheckpointError, CorpusError, InputError
 
-__all__ = ["document_encoder", "load_tokenizer", "token_byte_lengths"]
+__all__ = ["corpus_backend", "document_encoder", "load_tokenizer", "token_byte_lengths"]
 
 END_OF_TEXT = "<|endoftext|>"
 # A bare tokenizer.json does not say which of its special tokens ends a text; these do in GPT-2, Llama 3, Llama, Gemma.
@@ -93,10 +93,7 @@ def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]]
     No special token is added, and none is read out of the text: a document that quotes "<|endoftext|>" does not end
     there. Truncation and padding that the tokenizer may be set to do not apply.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
+    backend = corpus_backend(tokenizer)
     id_of_byte = _ids_of_bytes(backend)
     if id_of_byte is not None:
         return lambda texts: [id_of_byte[np.frombuffer(text.encode(), dtype=np.uint8)] for text in texts]
@@ -106,6 +103,15 @@ def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]]
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     return encode
+
+
+def corpus_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer's backend that neither truncates nor pads, and reads no special token out of a text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _bytes_backend() -> Tokenizer:

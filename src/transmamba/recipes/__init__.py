@@ -10,6 +10,7 @@ from transmamba.recipes.fields import field_types, with_fields
 from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
 from transmamba.recipes.recording import RecordingRun, record_teacher
 from transmamba.recipes.sizes import count_parameters, match_parameters
+from transmamba.recipes.student_report import ReportSettings, measure_student, report_student
 from transmamba.recipes.table import DISTILLATIONS, RECIPES, find_distillation, find_recipe
 from transmamba.recipes.training_run import TrainingRun
 
@@ -23,6 +24,7 @@ __all__ = [
     "LogitStage",
     "ModelSettings",
     "RecordingRun",
+    "ReportSettings",
     "TrainedModel",
     "TrainingRun",
     "count_parameters",
@@ -31,7 +33,9 @@ __all__ = [
     "find_distillation",
     "find_recipe",
     "match_parameters",
+    "measure_student",
     "record_teacher",
+    "report_student",
     "train_language_model",
     "validation_source",
     "with_fields",

@@ -5,20 +5,41 @@ from transmamba.report.figures import (
     loss_by_position,
     loss_curves,
     model_colours,
+    position_figure,
+    quality_by_schedule,
+    recall_figure,
     schedule_figure,
     schedules_figure,
     throughput_figure,
 )
 from transmamba.report.html import Mark, Page
 from transmamba.report.quickstart import CrossedSample, ModelRun, QuickstartReport
+from transmamba.report.student import (
+    AgreementRow,
+    Findings,
+    MeasuredModel,
+    MeasuredSchedule,
+    RecallRow,
+    SpeedRow,
+    StudentMeasurements,
+    StudentReport,
+)
 from transmamba.report.units import format_bytes, format_count, format_seconds
 
 __all__ = [
+    "AgreementRow",
     "CrossedSample",
+    "Findings",
     "Mark",
+    "MeasuredModel",
+    "MeasuredSchedule",
     "ModelRun",
     "Page",
     "QuickstartReport",
+    "RecallRow",
+    "SpeedRow",
+    "StudentMeasurements",
+    "StudentReport",
     "cache_figure",
     "format_bytes",
     "format_count",
@@ -26,6 +47,9 @@ __all__ = [
     "loss_by_position",
     "loss_curves",
     "model_colours",
+    "position_figure",
+    "quality_by_schedule",
+    "recall_figure",
     "schedule_figure",
     "schedules_figure",
     "throughput_figure",

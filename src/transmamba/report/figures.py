@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import (
     EngFormatter,
@@ -20,6 +21,7 @@ from matplotlib.ticker import (
     MaxNLocator,
     NullFormatter,
     NullLocator,
+    PercentFormatter,
 )
 
 from transmamba.errors import InputError
@@ -142,6 +144,22 @@ def loss_by_position(
     unit: str = "nats per token",
 ) -> Figure:
     """Validation loss against the position in the document, a line per model; TransPoints are dotted verticals."""
+    return position_figure(curves, colours=colours, trans_points=trans_points, what=f"validation loss ({unit})")
+
+
+def position_figure(
+    curves: Mapping[str, Points],
+    *,
+    colours: Mapping[str, str],
+    what: str,
+    trans_points: Iterable[int | None] = (),
+    bottom: float | None = None,
+    is_share: bool = False,
+) -> Figure:
+    """Any measure against the position in the document, drawn as in `loss_by_position`.
+
+    bottom: of its axis. is_share: write it in percent.
+    """
     with rc_context(STYLE):
         figure, axes = _line_figure(curves, colours)
         positions = [x for points in curves.values() for x, _ in points]
@@ -165,7 +183,69 @@ def loss_by_position(
         axes.tick_params(axis="x", labelrotation=45 if len(powers) > 11 else 0)
         axes.set_xlim(0 if first < 1 else first / 1.12, last * 1.12)
         axes.set_xlabel("position in the document (tokens)")
-        axes.set_ylabel(f"validation loss ({unit})")
+        axes.set_ylabel(what)
+        if bottom is not None:
+            axes.set_ylim(bottom=bottom)
+        if is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+def quality_by_schedule(
+    curves: Mapping[str, Points], *, colours: Mapping[str, str], level: tuple[str, float], what: str
+) -> Figure:
+    """A measure against the share of attention in a schedule, a line per model; level: another's name and its value,
+    drawn across.
+    """
+    with rc_context(STYLE):
+        name, value = level
+        figure, axes = _line_figure(curves, colours, across=level)
+        axes.axhline(value, color=colours[name], linewidth=1.5, linestyle="--", zorder=1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel("token mixing that attention does (the rest is state space)")
+        axes.set_ylabel(what)
+    return figure
+
+
+def recall_figure(
+    panels: Mapping[str, Mapping[str, Points]],
+    *,
+    colours: Mapping[str, str],
+    chance: Mapping[str, float],
+    x_label: str,
+    is_length: bool,
+) -> Figure:
+    """Shares of right answers, a panel per task and in it a line per model; guessing is the dotted level.
+
+    is_length: whether x is a length in tokens, or a share of the context.
+    """
+    if not panels:
+        raise InputError("There is no recall to draw; give at least one task.")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+        order = list(colours)
+        everything = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (task, curves) in zip(everything, panels.items(), strict=True):
+            for name, points in curves.items():
+                axes.plot(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    label=name,
+                    color=colours[name],
+                    marker=MARKERS[order.index(name) % len(MARKERS)],
+                )
+            axes.axhline(chance[task], color="#888888", linewidth=1.1, linestyle=":", label="guessing")
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_title(task)
+            if is_length:
+                _length_axis(axes, curves)
+            else:
+                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_xlabel(x_label)
+        everything[0].set_ylabel("right choices")
+        handles, labels = everything[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9.5, handlelength=1.3)
     return figure
 
 
@@ -240,11 +320,16 @@ def _draw_schedule(axes: Axes, schedule: TransPointSchedule, seq_len: int, *, en
 
 
 def _line_figure(
-    curves: Mapping[str, Points], colours: Mapping[str, str], *, markers: bool = True
+    curves: Mapping[str, Points],
+    colours: Mapping[str, str],
+    *,
+    markers: bool = True,
+    across: tuple[str, float] | None = None,
 ) -> tuple[Figure, Axes]:
+    """Lines with their legend; across: a name and a level that the caller will draw, for the legend."""
     if not curves:
         raise InputError("There is no curve to draw; give at least one model.")
-    unknown = [name for name in curves if name not in colours]
+    unknown = [name for name in [*curves, *([across[0]] if across else [])] if name not in colours]
     if unknown:
         raise InputError(
             f"No colour for {', '.join(unknown)}; colours come from model_colours, for all models of the report."
@@ -262,8 +347,18 @@ def _line_figure(
             marker=MARKERS[order.index(name) % len(MARKERS)] if markers else None,
         )
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    handles, labels = axes.get_legend_handles_labels()
+    if across is not None:
+        handles.append(Line2D([], [], color=colours[across[0]], linestyle="--"))
+        labels.append(across[0])
     figure.legend(
-        loc="outside upper left", ncols=min(len(curves), 4), fontsize=9.5, columnspacing=1.1, handlelength=1.3
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=min(len(labels), 4),
+        fontsize=9.5,
+        columnspacing=1.1,
+        handlelength=1.3,
     )
     return figure, axes
 

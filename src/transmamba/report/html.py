@@ -30,6 +30,11 @@ h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .6rem; padding-top: 1.1
 p { margin: .7rem 0; }
 .subtitle { color: var(--soft); margin: 0 0 1.6rem; }
 .finding { font-size: 1.15rem; line-height: 1.55; margin: .6rem 0; }
+.points { display: grid; grid-template-columns: 7rem 1fr; gap: 0 1rem; padding: .7rem 0;
+  border-top: 1px solid var(--line); }
+.points p { margin: 0; font-weight: 600; }
+.points ul { margin: 0; padding: 0; list-style: none; }
+.points li + li { margin-top: .45rem; }
 figure { margin: 1.6rem 0 2rem; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption, caption, .note { color: var(--soft); font-size: .92rem; line-height: 1.5; }
@@ -54,7 +59,10 @@ pre { overflow-x: auto; padding: .8rem 1rem; background: #fafbfc; border: 1px so
 @media (max-width: 34rem) {
   body { padding-top: 1.5rem; font-size: 1rem; }
   h1 { font-size: 1.55rem; }
-  .scroll table { min-width: 30rem; }
+  .scroll table:not(.narrow) { min-width: 30rem; }
+  .narrow td:first-child { white-space: normal; }
+  .points { display: block; }
+  .points ul { margin-top: .2rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }
@@ -64,6 +72,9 @@ pre { overflow-x: auto; padding: .8rem 1rem; background: #fafbfc; border: 1px so
   .sample .mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
+
+
+NARROW_COLUMNS = 4  # that a phone shows side by side; wider tables scroll
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,11 @@ class Page:
     def finding(self, text: str) -> None:
         """A sentence in large type: what the reader came for."""
         self._blocks.append(f'<p class="finding">{_prose(text)}</p>')
+
+    def points(self, label: str, sentences: Sequence[str]) -> None:
+        """A few sentences under a label, each a point of its own."""
+        items = "".join(f"<li>{_prose(sentence)}</li>" for sentence in sentences)
+        self._blocks.append(f'<div class="points"><p>{escape(label)}</p><ul>{items}</ul></div>')
 
     def section(self, title: str) -> None:
         """A heading; what follows belongs to it."""
@@ -131,7 +147,8 @@ class Page:
             body.append(f"<tr{strong}>{cells}</tr>")
         title = f"<caption>{_prose(caption)}</caption>" if caption else ""
         lines = "".join(body)
-        self._blocks.append(f'<div class="scroll"><table>{title}{head}<tbody>{lines}</tbody></table></div>')
+        narrow = ' class="narrow"' if len(headers) <= NARROW_COLUMNS else ""
+        self._blocks.append(f'<div class="scroll"><table{narrow}>{title}{head}<tbody>{lines}</tbody></table></div>')
 
     def sample(self, pieces: Sequence[str | Mark], *, prompt: str = "") -> None:
         """Generated text after its prompt, line breaks kept; a `Mark` among the pieces is shown as a label there."""

@@ -1,19 +1,36 @@
 """What models are for, and how well they do it: one file per task."""
 
+from transmamba.tasks.agreement import (
+    Agreement,
+    Comparison,
+    PositionAgreement,
+    StudentScore,
+    compare_language_models,
+)
 from transmamba.tasks.choices import ChoiceFile, ChoiceRow, read_choices
 from transmamba.tasks.harness import HarnessResult, TaskScore, evaluate_tasks, harness_model
 from transmamba.tasks.language_modeling import Evaluation, PositionLoss, Windows, evaluate_language_model
+from transmamba.tasks.recall import RecallOutcome, RecallScore, mean_recall, score_recall
 
 __all__ = [
+    "Agreement",
     "ChoiceFile",
     "ChoiceRow",
+    "Comparison",
     "Evaluation",
     "HarnessResult",
+    "PositionAgreement",
     "PositionLoss",
+    "RecallOutcome",
+    "RecallScore",
+    "StudentScore",
     "TaskScore",
     "Windows",
+    "compare_language_models",
     "evaluate_language_model",
     "evaluate_tasks",
     "harness_model",
+    "mean_recall",
     "read_choices",
+    "score_recall",
 ]

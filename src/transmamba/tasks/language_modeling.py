@@ -6,7 +6,7 @@ positions below P and in its SSM from P on.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,7 +81,7 @@ def evaluate_language_model(
     Raises:
         InputError: nothing to predict, a number out of range, or a model that cannot tell packed documents apart.
     """
-    indices = _chosen_windows(dataset, batch_size, max_tokens)
+    indices = chosen_windows(dataset, batch_size, max_tokens)
     if device is not None:
         model.to(device)
     seq_len = dataset[indices[0]]["input_ids"].shape[0]
@@ -94,19 +94,18 @@ def evaluate_language_model(
         with progress_bar("Evaluating", len(indices)) as advance:
             for start in range(0, len(indices), batch_size):
                 chosen = indices[start : start + batch_size]
-                windows = [dataset[index] for index in chosen]
-                batch = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
-                positions, losses = _token_losses(model, batch)
+                positions, losses = _token_losses(model, stack_windows(dataset, chosen))
                 sums.index_add_(0, positions, losses.double())
                 counts += torch.bincount(positions, minlength=seq_len)
                 num_bytes += sum(dataset.num_bytes(index) for index in chosen)
                 advance(len(chosen))
     finally:
         model.train(was_training)
-    return _evaluation(sums, counts, num_bytes)
+    return evaluation_of(sums, counts, num_bytes)
 
 
-def _evaluation(sums: Tensor, counts: Tensor, num_bytes: int) -> Evaluation:
+def evaluation_of(sums: Tensor, counts: Tensor, num_bytes: int) -> Evaluation:
+    """The evaluation of summed losses and predicted tokens by position, both (seq_len,)."""
     num_tokens = int(counts.sum())
     if not num_tokens:
         raise InputError(
@@ -114,7 +113,7 @@ def _evaluation(sums: Tensor, counts: Tensor, num_bytes: int) -> Evaluation:
         )
     total = float(sums.sum())
     bins = []
-    for start, end in _doubling_bins(len(counts)):
+    for start, end in doubling_bins(len(counts)):
         count = int(counts[start:end].sum())
         if count:
             loss = float(sums[start:end].sum()) / count
@@ -130,7 +129,8 @@ def _evaluation(sums: Tensor, counts: Tensor, num_bytes: int) -> Evaluation:
     )
 
 
-def _chosen_windows(dataset: Windows, batch_size: int, max_tokens: int | None) -> list[int]:
+def chosen_windows(dataset: Windows, batch_size: int, max_tokens: int | None) -> list[int]:
+    """Indices of the windows to read: all, or evenly spread ones that hold max_tokens; checks both numbers."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1.")
     if max_tokens is not None and max_tokens < 1:
@@ -143,11 +143,31 @@ def _chosen_windows(dataset: Windows, batch_size: int, max_tokens: int | None) -
     return [number * total // wanted for number in range(wanted)]
 
 
-def _token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The position and the loss of every predicted token of a batch, both (tokens,), on the CPU."""
+def stack_windows(dataset: Windows, indices: Sequence[int]) -> dict[str, Tensor]:
+    """A batch of windows: each tensor of their items, (windows, seq_len)."""
+    windows = [dataset[index] for index in indices]
+    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedTokens:
+    """The predicted tokens of a batch, as a model is about to score them; all tensors have `tokens` rows.
+
+    positions, windows: of the token read last, within its document, and in the batch; on the CPU. targets: the token
+    predicted. logits_of makes logits (rows, vocab_size), fp32 or fp64, of some of the rows.
+    """
+
+    positions: Tensor
+    windows: Tensor
+    targets: Tensor
+    rows: Tensor
+    logits_of: Callable[[Tensor], Tensor]
+
+
+def predicted_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> PredictedTokens:
+    """Run a model on a batch of windows, up to its head."""
     labels = batch["labels"][:, 1:]
     predicted = labels != IGNORE_INDEX
-    positions = batch["position_ids"][:, :-1][predicted]
     inputs = {"input_ids": batch["input_ids"].to(model.device)}
     if _accepts_positions(model):
         inputs["position_ids"] = batch["position_ids"].to(model.device)
@@ -156,17 +176,29 @@ def _token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Ten
             f"{type(model).__name__} takes no position_ids, so it cannot tell the documents of a window apart; pack "
             "with boundaries=False."
         )
-    targets = labels[predicted].to(model.device)
-    predicted = predicted.to(model.device)
-    rows, logits_of = _rows_and_head(model, inputs, predicted)
+    rows, head = _rows_and_head(model, inputs, predicted.to(model.device))
+    return PredictedTokens(
+        positions=batch["position_ids"][:, :-1][predicted],
+        windows=predicted.nonzero()[:, 0],
+        targets=labels[predicted].to(model.device),
+        rows=rows,
+        logits_of=lambda some: _at_least_fp32(head(some)),
+    )
+
+
+def _token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The position and the loss of every predicted token of a batch, both (tokens,), on the CPU."""
+    tokens = predicted_tokens(model, batch)
     step = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     losses = [
         cross_entropy(
-            _at_least_fp32(logits_of(rows[start : start + step])), targets[start : start + step], reduction="none"
+            tokens.logits_of(tokens.rows[start : start + step]),
+            tokens.targets[start : start + step],
+            reduction="none",
         )
-        for start in range(0, len(targets), step)
+        for start in range(0, len(tokens.targets), step)
     ]
-    return positions, torch.cat([*losses, targets.new_zeros(0, dtype=torch.float32)]).cpu()
+    return tokens.positions, torch.cat([*losses, tokens.targets.new_zeros(0, dtype=torch.float32)]).cpu()
 
 
 def _rows_and_head(
@@ -192,7 +224,7 @@ def _accepts_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _doubling_bins(seq_len: int) -> Iterator[tuple[int, int]]:
+def doubling_bins(seq_len: int) -> Iterator[tuple[int, int]]:
     """[0, 1), [1, 2), [2, 4), [4, 8) and so on, the last one cut at `seq_len`."""
     start, end = 0, 1
     while start < seq_len:
