@@ -7,7 +7,15 @@ from transmamba.errors import InputError
 from transmamba.ops import explain
 from transmamba.ops.backends import resolve_backend
 
-OPS = ("causal_conv1d", "hybrid_mixer", "memory_converter", "softmax_attention", "ssd_scan", "ssd_step")
+OPS = (
+    "causal_conv1d",
+    "hybrid_mixer",
+    "memory_converter",
+    "selective_scan",
+    "softmax_attention",
+    "ssd_scan",
+    "ssd_step",
+)
 
 
 def test_every_op_is_explained_once() -> None:

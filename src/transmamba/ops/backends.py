@@ -11,6 +11,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch"),
     "hybrid_mixer": ("reference", "torch"),
     "memory_converter": ("reference", "torch"),
+    "selective_scan": ("reference", "torch"),
     "softmax_attention": ("reference", "torch"),
     "ssd_scan": ("reference", "torch"),
     "ssd_step": ("reference", "torch"),
