@@ -1,0 +1,1 @@
+"""Numbers that code elsewhere gave, with their provenance, and the weights that it gave them for."""
