@@ -1,6 +1,6 @@
 """Weights and images that anyone can make again from names and shapes: integer hashes, so no generator is needed.
 
-A golden number is what published code gave for such weights. Values are uniform, of a size that keeps activations near 1.
+A golden number is what published code gave for such weights. Values are uniform, and keep activations near 1.
 """
 
 import math

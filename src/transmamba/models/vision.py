@@ -29,8 +29,7 @@ DT_INIT_FLOOR = 1e-4  # of Mamba-1
 class VisionMambaOutput(ModelOutput):
     """What a backbone returns.
 
-    last_hidden_state: after the final norm; (batch, seq_len, hidden_size), or (batch, hidden_size, height, width) of
-        VMamba's last stage.
+    last_hidden_state: after the final norm, (batch, seq_len, hidden_size); of VMamba, the positions of the last stage.
     pooler_output: what a head reads, (batch, hidden_size).
     hidden_states: the residual stream before the first layer and after each, when asked for.
     directions: for each layer, its directions before the merge, when asked for.
@@ -79,7 +78,7 @@ class VisionMambaPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)  # its running statistics
 
 
-class VisionMambaForImageClassification(VisionMambaPreTrainedModel):
+class VisionMambaClassifier(VisionMambaPreTrainedModel):
     """A backbone and a linear head. Subclasses name the backbone."""
 
     backbone_class: ClassVar[type[VisionMambaPreTrainedModel]]

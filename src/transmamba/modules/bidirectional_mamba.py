@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from transmamba.modules.conv import CausalConv1d
+from transmamba.modules.scan_orders import REVERSED, DirectionOutput
 from transmamba.ops import selective_scan
 
 
@@ -74,3 +75,14 @@ class BidirectionalMambaMixer(nn.Module):
         u = silu(conv(pad(x, (self.conv1d.kernel_size[0] - 1, 0))))
         dt, B, C = x_proj(u.transpose(1, 2)).split(self.split_sizes, dim=-1)
         return u, dt_proj(dt).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+
+
+def both_directions(
+    name: str, features: tuple[Tensor, Tensor], patches: Tensor, grid: tuple[int, ...]
+) -> tuple[DirectionOutput, DirectionOutput]:
+    """The two outputs of a mixer over a sequence of these patches in the scan order of this name, and its reverse."""
+    backward = name.removesuffix(REVERSED) if name.endswith(REVERSED) else name + REVERSED
+    return (
+        DirectionOutput(name=name, features=features[0], patches=patches, grid=grid),
+        DirectionOutput(name=backward, features=features[1], patches=patches.flip(0), grid=grid),
+    )

@@ -7,26 +7,31 @@ from typing import Any
 from torch import Tensor
 
 from transmamba.errors import CheckpointError
-from transmamba.models import VisionMambaForImageClassification
+from transmamba.models import VisionMambaClassifier
 
 from .plain_mamba import PLAIN_MAMBA
 from .reading import read_weights
 from .table import PublishedFamily, rename
+from .video_mamba import VIDEO_MAMBA
 from .vim import VIM
+from .vmamba import VMAMBA
 
 __all__ = ["PUBLISHED_FAMILIES", "PublishedFamily", "load_published"]
 
-PUBLISHED_FAMILIES: dict[str, PublishedFamily] = {family.name: family for family in (PLAIN_MAMBA, VIM)}
+PUBLISHED_FAMILIES: dict[str, PublishedFamily] = {
+    family.name: family for family in (PLAIN_MAMBA, VIDEO_MAMBA, VIM, VMAMBA)
+}
 
 
 def load_published(
     path: str | Path, *, family: str | None = None, key: str | None = None, **fields: Any
-) -> VisionMambaForImageClassification:
+) -> VisionMambaClassifier:
     """The model in a checkpoint of the published code, ready to run, save or fine-tune.
 
     Args:
         path: a .pth, .pt or .safetensors file. Only tensors and plain data are unpickled; no code in it runs.
-        family: a name of PUBLISHED_FAMILIES; None = found by the names of the tensors.
+        family: a name of PUBLISHED_FAMILIES; None = found by the names of the tensors, which VideoMamba's models of
+            images share with ViM: they are read as "vim" unless "video_mamba" is asked for.
         key: which entry of the file holds the weights, such as "model_ema"; None = the usual ones.
         fields: of the configuration that the tensors do not tell, such as patch_stride=8, or others to replace.
 
@@ -38,6 +43,7 @@ def load_published(
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     config = found.configuration(str(path), shapes, fields)
     model = found.model(config)
+    weights = weights if found.prepare is None else found.prepare(config, weights)
     model.load_state_dict(rename(str(path), found.moves(config, shapes), weights, model.state_dict()))
     return model.eval()
 

@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from transmamba.conversion.plan import Move
 from transmamba.errors import CheckpointError
-from transmamba.models import VisionMambaForImageClassification
+from transmamba.models import VisionMambaClassifier
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,14 +22,16 @@ class PublishedFamily:
 
     signs: tensors that every checkpoint of the family has, and absent: tensors that none has; regular expressions of
     whole names. configuration: from path, shapes and fields that the user gives. moves: the table, names to names.
+    prepare: what must be done to the weights first.
     """
 
     name: str
     signs: tuple[str, ...]
     absent: tuple[str, ...]
     configuration: Callable[[str, Shapes, dict[str, Any]], PreTrainedConfig]
-    model: Callable[[Any], VisionMambaForImageClassification]
+    model: Callable[[Any], VisionMambaClassifier]
     moves: Callable[[Any, Shapes], list[Move]]
+    prepare: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names are one of the family's checkpoints."""
@@ -66,12 +68,12 @@ def rename(
         )
     for target, source in by_target.items():
         found, wanted = tuple(weights[source].shape), tuple(targets[target].shape)
-        if found != wanted:
+        if found not in (wanted, (*wanted, 1, 1)):  # a projection may be stored as a convolution of 1 x 1
             raise CheckpointError(
                 f"{path}: {source} has shape {found}, and the sizes that the other tensors tell ask for {wanted}; give "
                 "the fields that differ, such as image_size."
             )
-    return {target: weights[source] for target, source in by_target.items()}
+    return {target: weights[source].reshape(targets[target].shape) for target, source in by_target.items()}
 
 
 def count(shapes: Shapes, pattern: str) -> int:

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
-    VisionMambaForImageClassification,
+    VisionMambaClassifier,
     VisionMambaOutput,
     VisionMambaPreTrainedModel,
     as_map,
@@ -149,7 +149,7 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         return x, tuple(states), tuple(directions), grid
 
 
-class PlainMambaForImageClassification(VisionMambaForImageClassification, PlainMambaPreTrainedModel):
+class PlainMambaForImageClassification(VisionMambaClassifier, PlainMambaPreTrainedModel):
     """PlainMamba with a linear head on the mean of the patches."""
 
     backbone_class = PlainMambaModel

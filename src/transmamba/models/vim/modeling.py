@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
-    VisionMambaForImageClassification,
+    VisionMambaClassifier,
     VisionMambaOutput,
     VisionMambaPreTrainedModel,
     as_map,
@@ -26,9 +26,10 @@ from transmamba.models.vision import (
     linear_rows,
     split_tokens,
 )
-from transmamba.modules import BidirectionalMambaMixer, DirectionOutput, DropPath, PatchEmbedding, scan_order
+from transmamba.modules import BidirectionalMambaMixer, DropPath, PatchEmbedding, scan_order
+from transmamba.modules.bidirectional_mamba import both_directions
 from transmamba.modules.patches import check_pixels, drop_path_rates, patches_with_token, resize_positions
-from transmamba.modules.scan_orders import REVERSED, TOKEN_WITHOUT_PATCH
+from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
 
 from .configuration import VimConfig
 
@@ -134,7 +135,7 @@ class VimModel(VimPreTrainedModel):
             if keep_states:
                 states.append(x)
             if keep_directions:
-                directions.append(_both_directions(self.config.scan_order, features, patches, grid))
+                directions.append(both_directions(self.config.scan_order, features, patches, grid))
         return x, tuple(states), tuple(directions), grid
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +156,7 @@ class VimModel(VimPreTrainedModel):
         return self.norm(state.to(self.norm.weight.dtype))
 
 
-class VimForImageClassification(VisionMambaForImageClassification, VimPreTrainedModel):
+class VimForImageClassification(VisionMambaClassifier, VimPreTrainedModel):
     """ViM with a linear head on the class token."""
 
     backbone_class = VimModel
@@ -182,13 +183,3 @@ class VimLayer(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         mixed, directions = self.mixer(self.norm(hidden.to(self.norm.weight.dtype)))
         return hidden + self.drop_path(mixed), directions
-
-
-def _both_directions(
-    name: str, features: tuple[Tensor, Tensor], patches: Tensor, grid: tuple[int, ...]
-) -> tuple[DirectionOutput, DirectionOutput]:
-    backward = name.removesuffix(REVERSED) if name.endswith(REVERSED) else name + REVERSED
-    return (
-        DirectionOutput(name=name, features=features[0], patches=patches, grid=grid),
-        DirectionOutput(name=backward, features=features[1], patches=patches.flip(0), grid=grid),
-    )

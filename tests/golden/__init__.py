@@ -1,1 +1,0 @@
-"""Numbers that code elsewhere gave, with their provenance, and the weights that it gave them for."""
