@@ -10,6 +10,7 @@ from transformers import (
 
 from .plain_mamba import PlainMambaConfig, PlainMambaForImageClassification, PlainMambaModel
 from .presets import VISION_PRESETS, vision_config, vision_model
+from .timm_models import register_with_timm
 from .transmamba import TransMambaConfig, TransMambaForCausalLM, TransMambaModel
 from .video_mamba import (
     VideoMambaConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "VimForImageClassification",
     "VimModel",
     "VisionMambaClassifier",
+    "register_with_timm",
     "split_tokens",
     "vision_config",
     "vision_model",

@@ -98,6 +98,10 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         """The patches after the final norm, (batch, patches, hidden_size)."""
         return self.norm(self._run(pixel_values)[0])
 
+    def pool(self, features: Tensor) -> Tensor:
+        """What a head reads of forward_features: the mean."""
+        return features.mean(dim=1)
+
     def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """(batch, hidden_size, height, width) after each of these layers, all at one scale; the last one normalised.
 
@@ -125,7 +129,7 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
         check_output("PlainMambaModel", hidden)
         return VisionMambaOutput(
             last_hidden_state=hidden,
-            pooler_output=hidden.mean(dim=1),
+            pooler_output=self.pool(hidden),
             hidden_states=states if wanted else None,
             directions=directions if output_directions else None,
         )

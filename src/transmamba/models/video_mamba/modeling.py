@@ -105,6 +105,10 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         """The sequence after the final norm, (batch, class token and patches, hidden_size)."""
         return self._normed(self._run(pixel_values)[0])
 
+    def pool(self, features: Tensor) -> Tensor:
+        """What a head reads of forward_features: the class token."""
+        return features[:, 0]
+
     def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """(batch, hidden_size, [frames,] height, width) after each of these layers; the last one normalised.
 
@@ -133,7 +137,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         check_output("VideoMambaModel", hidden)
         return VisionMambaOutput(
             last_hidden_state=hidden,
-            pooler_output=hidden[:, 0],
+            pooler_output=self.pool(hidden),
             hidden_states=states if wanted else None,
             directions=directions if output_directions else None,
         )

@@ -82,6 +82,11 @@ class VimModel(VimPreTrainedModel):
         """The sequence after the final norm, (batch, patches and class token, hidden_size)."""
         return self._normed(self._run(pixel_values)[0])
 
+    def pool(self, features: Tensor) -> Tensor:
+        """What a head reads of forward_features: the class token, or the mean where there is none."""
+        at = self.config.class_token_position(features.shape[1] - 1)
+        return features.mean(dim=1) if at is None else features[:, at]
+
     def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """(batch, hidden_size, height, width) after each of these layers, all at one scale; the last one normalised.
 
@@ -103,13 +108,12 @@ class VimModel(VimPreTrainedModel):
     ) -> VisionMambaOutput:
         """pixel_values (batch, num_channels, height, width), normalised; any size of at least one patch."""
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, states, directions, grid = self._run(pixel_values, wanted, output_directions)
+        hidden, states, directions, _ = self._run(pixel_values, wanted, output_directions)
         hidden = self._normed(hidden)
         check_output("VimModel", hidden)
-        token, patches = split_tokens(hidden, self._patches(grid, hidden.device))
         return VisionMambaOutput(
             last_hidden_state=hidden,
-            pooler_output=patches.mean(dim=1) if token is None else token,
+            pooler_output=self.pool(hidden),
             hidden_states=states if wanted else None,
             directions=directions if output_directions else None,
         )

@@ -109,6 +109,10 @@ class VMambaModel(VMambaPreTrainedModel):
         """The positions of the last stage after the final norm, in raster order, (batch, positions, hidden_size)."""
         return self.norm(self._run(pixel_values)[0]).flatten(1, 2)
 
+    def pool(self, features: Tensor) -> Tensor:
+        """What a head reads of forward_features: the mean."""
+        return features.mean(dim=1)
+
     def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """(batch, hidden_size, height, width) of these stages before they are downsampled; the last one normalised.
 
@@ -135,7 +139,7 @@ class VMambaModel(VMambaPreTrainedModel):
         check_output("VMambaModel", hidden)
         return VisionMambaOutput(
             last_hidden_state=hidden,
-            pooler_output=hidden.mean(dim=1),
+            pooler_output=self.pool(hidden),
             hidden_states=tuple(state.flatten(1, 2) for state in states) if wanted else None,
             directions=directions if output_directions else None,
         )
