@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
+from transmamba.conversion.published.plain_mamba import PLAIN_MAMBA
+from transmamba.conversion.published.reading import read_weights
+from transmamba.conversion.published.table import rename
+from transmamba.conversion.published.video_mamba import VIDEO_MAMBA
+from transmamba.conversion.published.vim import VIM
+from transmamba.conversion.published.vmamba import VMAMBA
 from transmamba.errors import CheckpointError
 from transmamba.models import VisionMambaClassifier
 
-from .plain_mamba import PLAIN_MAMBA
-from .reading import read_weights
-from .table import PublishedFamily, rename
-from .video_mamba import VIDEO_MAMBA
-from .vim import VIM
-from .vmamba import VMAMBA
+from .table import PublishedFamily
 
 __all__ = ["PUBLISHED_FAMILIES", "PublishedFamily", "load_published"]
 
