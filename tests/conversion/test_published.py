@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,6 +99,37 @@ def test_usual_wrappings_are_taken_off(tmp_path: Path, key: str) -> None:
     parallel = {f"module.{name}": tensor for name, tensor in vim_weights().items()}
     content = {key: parallel, "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}}
     assert vim_logits(load_published(save(tmp_path, content))) < 1e-4
+
+
+def test_plain_data_of_training_scripts_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CfgNode(dict):  # as yacs has it
+        pass
+
+    module = ModuleType("yacs.config")
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    node = CfgNode(MODEL=CfgNode(TYPE="vssm"))
+    node.__dict__["__immutable__"] = True
+    content = {"model": vim_weights(), "config": node, "max_accuracy": np.float64(0.5), "best": np.float32(0.25)}
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "yacs", ModuleType("yacs"))
+        patched.setitem(sys.modules, "yacs.config", module)
+        path = save(tmp_path, content)
+    assert vim_logits(load_published(path)) < 1e-4
+
+
+def test_a_model_of_images_becomes_one_of_videos(tmp_path: Path) -> None:
+    golden = GOLDEN["video_mamba"]["cases"]["image"]
+    path = save(tmp_path, weights_of("video_mamba", "image"))
+    still = filled("pixel_values", golden["pixel_values"])
+    one = load_published(path, family="video_mamba", num_frames=1)
+    with torch.no_grad():
+        assert difference(one(still[:, None]).logits, golden) < 1e-4  # an image is a video of one frame
+        film = load_published(path, family="video_mamba", num_frames=6, tubelet_size=3)
+        middle = torch.zeros(2, 3, 3, 32, 32)
+        middle[:, 1] = still
+        assert difference(film(middle).logits, golden) < 1e-4  # the middle frame of a tubelet is read
+        assert film(middle.repeat(1, 2, 1, 1, 1)).last_hidden_state.shape == (2, 33, 24)
 
 
 def test_averaged_weights_are_taken_when_asked_for(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import argparse
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,15 +19,19 @@ USUAL_KEYS = ("model", "state_dict", "module")
 WRAPPERS = ("module.",)  # of data-parallel training
 
 
-class _PlainDict(dict):
-    """Stands in for configuration classes of dictionaries, which training scripts save beside the weights."""
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # how NumPy unpickles a number
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# Plain data of the published training scripts, in classes that unpickling would otherwise refuse.
-HARMLESS: list[Any] = [argparse.Namespace, (_PlainDict, "yacs.config.CfgNode")]
+# Plain data of the published training scripts, in classes that unpickling would otherwise refuse: their arguments,
+# and best accuracies as NumPy's numbers, which older releases of NumPy kept in another module.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+]
 
 
 def read_weights(path: Path, key: str | None) -> dict[str, Tensor]:
