@@ -10,7 +10,15 @@ from transmamba.errors import InputError
 from transmamba.ops import backends, explain
 from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
-OPS = ("causal_conv1d", "hybrid_mixer", "memory_converter", "softmax_attention", "ssd_scan", "ssd_step")
+OPS = (
+    "causal_conv1d",
+    "hybrid_mixer",
+    "memory_converter",
+    "selective_scan",
+    "softmax_attention",
+    "ssd_scan",
+    "ssd_step",
+)
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
 
 

@@ -15,6 +15,7 @@ from transmamba.ops import (
     check_values,
     hybrid_mixer,
     memory_converter,
+    selective_scan,
     softmax_attention,
     ssd_scan,
     ssd_step,
@@ -39,6 +40,12 @@ def inputs_of(op: Op) -> Inputs:
         return {**without(inputs, "initial_state"), "trans_point": 3}
     if op is softmax_attention:
         return {name: inputs[name] for name in ("q", "k", "v")}
+    if op is selective_scan:
+        channels, states = torch.randn(2, 5, 7).double(), torch.randn(2, 6, 7).double()
+        tokens = {"u": channels, "delta": channels, "B": states, "C": states, "z": channels}
+        A = -torch.rand(5, 6).double()
+        rest = {"A": A, "D": A[:, 0], "delta_bias": A[:, 1], "initial_state": channels[:, :, :6]}
+        return tokens | rest | {"delta_softplus": True}
     if op is causal_conv1d:
         x, weight = torch.randn(2, 7, 5).double(), torch.randn(5, 4).double()
         return {"x": x, "weight": weight, "bias": weight[:, 0], "initial_state": x[:, :3]}
@@ -46,7 +53,7 @@ def inputs_of(op: Op) -> Inputs:
 
 
 SSD_OPS: tuple[Op, ...] = (ssd_scan, ssd_step, memory_converter, hybrid_mixer)
-OPS: tuple[Op, ...] = (*SSD_OPS, softmax_attention, causal_conv1d)
+OPS: tuple[Op, ...] = (*SSD_OPS, softmax_attention, causal_conv1d, selective_scan)
 
 
 def name_of(value: object) -> str:
@@ -205,7 +212,7 @@ def restored_policy() -> Iterator[None]:
 @pytest.mark.parametrize("op", OPS, ids=name_of)
 def test_the_policy_turns_the_reading_of_values_off_and_on(op: Op) -> None:
     inputs = inputs_of(op)
-    name = "x" if op is causal_conv1d else "v"
+    name = {causal_conv1d: "x", selective_scan: "u"}.get(op, "v")
     bad = inputs | {name: torch.full_like(inputs[name], math.nan)}
     check_values(False)
     op(**bad)
@@ -226,7 +233,7 @@ def test_shapes_alone_can_be_computed(op: Op) -> None:
     assert (out if isinstance(out, Tensor) else out[0]).device.type == "meta"
 
 
-PACKED_OPS = [op for op in OPS if op is not ssd_step]
+PACKED_OPS = [op for op in OPS if op not in (ssd_step, selective_scan)]
 
 
 def packed_inputs_of(op: Op) -> Inputs:

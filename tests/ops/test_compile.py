@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import CHUNK, FP64_BOUND, gradients, ssd_inputs, without, worst_error
-from transmamba.ops import causal_conv1d, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
+from transmamba.ops import (
+    causal_conv1d,
+    hybrid_mixer,
+    memory_converter,
+    selective_scan,
+    softmax_attention,
+    ssd_scan,
+    ssd_step,
+)
 
 SEQ_LEN = 2 * CHUNK + 5
 
@@ -35,6 +43,13 @@ def convolution(**inputs: Tensor) -> Tensor:
     return causal_conv1d(x, inputs["k"][0, :4, 0].repeat(1, 4).T * inputs["D"].sum(), activation="silu")
 
 
+def selective(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+    u, B, C = (inputs[name][:, :, 0].transpose(1, 2) for name in ("v", "k", "q"))
+    delta = inputs["dt"][:, None, :, 0].expand_as(u)
+    A = inputs["A"].sum().expand(u.shape[1], B.shape[1])
+    return selective_scan(u, delta, A, B, C, return_last_state=True)
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "ssd_scan": lambda **inputs: ssd_scan(**inputs, return_final_state=True),
     "ssd_step": step,
@@ -43,6 +58,7 @@ CALLS: dict[str, Callable[..., Any]] = {
         **without(inputs, "initial_state"), trans_point=CHUNK + 1, return_final_state=True
     ),
     "softmax_attention": lambda **inputs: softmax_attention(inputs["q"], inputs["k"], inputs["v"]),
+    "selective_scan": selective,
     "causal_conv1d": convolution,
 }
 

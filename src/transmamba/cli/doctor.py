@@ -24,6 +24,7 @@ from transmamba.ops import (
     explain,
     hybrid_mixer,
     memory_converter,
+    selective_scan,
     softmax_attention,
     ssd_scan,
     ssd_step,
@@ -169,6 +170,19 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     ),
     "memory_converter": lambda s, backend: memory_converter(
         s.k, s.v, s.dt, s.A, initial_state=s.state, backend=backend
+    ),
+    "selective_scan": lambda s, backend: selective_scan(
+        s.v.flatten(2).transpose(1, 2),
+        s.dt.repeat_interleave(4, dim=2).transpose(1, 2),
+        s.A.repeat_interleave(4)[:, None] * (1 + s.weight.square()),
+        s.k[..., :4].permute(0, 2, 3, 1),
+        s.q[:, :, :2, :4].permute(0, 2, 3, 1),
+        s.weight[:, 0],
+        s.v.flatten(2).transpose(1, 2),
+        s.weight[:, 1].square(),
+        initial_state=s.state.flatten(1, 2)[:, :16, :4],
+        return_last_state=True,
+        backend=backend,
     ),
     "softmax_attention": lambda s, backend: softmax_attention(s.q, s.k, s.v, backend=backend),
     "ssd_scan": lambda s, backend: ssd_scan(

@@ -3,6 +3,7 @@
 from .folder import ConvertedFolder, convert_checkpoint
 from .initialisation import INITIALISATIONS, Initialisation, calibrate
 from .plan import ConversionPlan, CopiedParameter, FreshParameter, IgnoredTensor
+from .published import PUBLISHED_FAMILIES, load_published
 from .sources import FAMILIES, Family
 from .student import convert, plan_conversion
 from .verification import LARGEST_DIFFERENCE, relative_logit_difference
@@ -11,6 +12,7 @@ __all__ = [
     "FAMILIES",
     "INITIALISATIONS",
     "LARGEST_DIFFERENCE",
+    "PUBLISHED_FAMILIES",
     "ConversionPlan",
     "ConvertedFolder",
     "CopiedParameter",
@@ -21,6 +23,7 @@ __all__ = [
     "calibrate",
     "convert",
     "convert_checkpoint",
+    "load_published",
     "plan_conversion",
     "relative_logit_difference",
 ]

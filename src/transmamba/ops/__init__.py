@@ -6,6 +6,7 @@ from .checks import check_values
 from .hybrid_mixer import hybrid_mixer
 from .memory_converter import memory_converter
 from .rotary import apply_rotary
+from .selective_scan import selective_scan
 from .softmax_attention import softmax_attention
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "hybrid_mixer",
     "memory_converter",
+    "selective_scan",
     "softmax_attention",
     "ssd_scan",
     "ssd_step",

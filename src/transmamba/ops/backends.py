@@ -21,6 +21,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch"),
     "hybrid_mixer": ("reference", "torch", "triton"),
     "memory_converter": ("reference", "torch", "triton"),
+    "selective_scan": ("reference", "torch"),
     "softmax_attention": ("reference", "torch"),
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch"),

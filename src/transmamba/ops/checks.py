@@ -97,6 +97,68 @@ def check_ssd_inputs(
     return counts
 
 
+def check_selective_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    *,
+    validate: bool,
+) -> None:
+    """Raise InputError unless the tensors fit the contract of selective_scan."""
+    op = "selective_scan"
+    if u.dim() != 3:
+        raise InputError(f"{op}: u has shape {tuple(u.shape)}; give it as (batch, dim, seq_len).")
+    batch, dim, seq_len = u.shape
+    if A.dim() != 2 or A.shape[0] != dim:
+        raise InputError(
+            f"{op}: A has shape {tuple(A.shape)} and u has {dim} channels; give A as (dim, state_size), "
+            f"({dim}, state_size)."
+        )
+    state_size = A.shape[1]
+    for name, x in (("B", B), ("C", C)):
+        if x.dim() not in (3, 4) or x.shape[0] != batch or tuple(x.shape[-2:]) != (state_size, seq_len):
+            raise InputError(
+                f"{op}: {name} has shape {tuple(x.shape)}; give ({batch}, {state_size}, {seq_len}), (batch, state_size,"
+                " seq_len), or with groups before the state_size."
+            )
+        groups = x.shape[1] if x.dim() == 4 else 1
+        if groups == 0 or dim % groups:
+            raise InputError(f"{op}: {name} has {groups} groups, which do not divide the {dim} channels of u.")
+    wanted = {
+        "delta": (delta, (batch, dim, seq_len), "like u"),
+        "z": (z, (batch, dim, seq_len), "like u, or None"),
+        "D": (D, (dim,), "one number per channel, or None"),
+        "delta_bias": (delta_bias, (dim,), "one number per channel, or None"),
+        "initial_state": (initial_state, (batch, dim, state_size), "(batch, dim, state_size), or None"),
+    }
+    named = {"u": u, "A": A, "B": B, "C": C}
+    for name, (given, shape, words) in wanted.items():
+        if given is None:
+            continue
+        if tuple(given.shape) != shape:
+            raise InputError(f"{op}: {name} has shape {tuple(given.shape)}; give {shape}, {words}.")
+        named[name] = given
+    check_tensors(op, named)
+    if validate and values_are_checked(u):
+        check_finite(op, named)
+        if A.numel() and bool((A > 0).any()):
+            raise InputError(f"{op}: A holds {float(A.detach().max()):.4g}; no entry may be > 0. Pass A = -exp(A_log).")
+        if not delta_softplus:
+            step = delta.detach() if delta_bias is None else delta.detach() + delta_bias.detach()[:, None]
+            if step.numel() and bool((step < 0).any()):
+                raise InputError(
+                    f"{op}: delta and delta_bias add up to {float(step.min()):.4g}; steps must be >= 0. "
+                    "Pass delta_softplus=True."
+                )
+
+
 def check_heads(op: str, q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor | None) -> HeadCounts:
     """Raise unless every head count divides the largest, and k's, v's and dt's divide the state's."""
     counts = {"k": k.shape[-2], "v": v.shape[-2]}

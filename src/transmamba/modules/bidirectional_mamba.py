@@ -1,0 +1,88 @@
+"""The bidirectional Mamba mixer of ViM and VideoMamba: two scans of one input, each with parameters of its own.
+
+Notable: the gate acts on each direction before they are added; both directions run as two groups of one scan.
+Parameters are named as in the published code, where those of the backward direction end in _b. Letters: b batch, l
+tokens, d channels, n state_size, r dt_rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu
+
+from transmamba.modules.conv import CausalConv1d
+from transmamba.modules.scan_orders import REVERSED, DirectionOutput
+from transmamba.ops import selective_scan
+
+
+class BidirectionalMambaMixer(nn.Module):
+    """hidden (batch, seq_len, hidden_size) -> (the same, each direction's output in its scan order).
+
+    divide_outputs: the sum of the directions is halved before the output projection.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        state_size: int,
+        conv_kernel: int,
+        expand: int,
+        dt_rank: int,
+        conv_bias: bool,
+        bias: bool,
+        divide_outputs: bool,
+    ) -> None:
+        super().__init__()
+        channels = expand * hidden_size
+        self.split_sizes = (dt_rank, state_size, state_size)
+        self.divide_outputs = divide_outputs
+        self.in_proj = nn.Linear(hidden_size, 2 * channels, bias=bias)
+        self.conv1d = CausalConv1d(channels, channels, conv_kernel, groups=channels, bias=conv_bias)
+        self.x_proj = nn.Linear(channels, dt_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, channels)
+        self.A_log = nn.Parameter(torch.empty(channels, state_size))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.conv1d_b = CausalConv1d(channels, channels, conv_kernel, groups=channels, bias=conv_bias)
+        self.x_proj_b = nn.Linear(channels, dt_rank + 2 * state_size, bias=False)
+        self.dt_proj_b = nn.Linear(dt_rank, channels)
+        self.A_b_log = nn.Parameter(torch.empty(channels, state_size))
+        self.D_b = nn.Parameter(torch.empty(channels))
+        self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+        u_f, delta_f, B_f, C_f = self._inputs(x, self.conv1d, self.x_proj, self.dt_proj)
+        u_b, delta_b, B_b, C_b = self._inputs(x.flip(-1), self.conv1d_b, self.x_proj_b, self.dt_proj_b)
+        y = selective_scan(
+            torch.cat([u_f, u_b], dim=1),
+            torch.cat([delta_f, delta_b], dim=1),
+            -torch.exp(torch.cat([self.A_log, self.A_b_log]).float()),  # bf16 would move A by up to 0.8 %
+            torch.stack([B_f, B_b], dim=1),
+            torch.stack([C_f, C_b], dim=1),
+            torch.cat([self.D, self.D_b]),
+            torch.cat([z, z.flip(-1)], dim=1),
+            delta_softplus=True,
+            validate=False,
+        )
+        forward, backward = y.transpose(1, 2).chunk(2, dim=-1)
+        merged = forward + backward.flip(1)
+        return self.out_proj(merged / 2 if self.divide_outputs else merged), (forward, backward)
+
+    def _inputs(
+        self, x: Tensor, conv: nn.Module, x_proj: nn.Module, dt_proj: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u and delta (b, d, l), B and C (b, n, l) of one direction, from x (b, d, l) in its order."""
+        u = silu(conv(pad(x, (self.conv1d.kernel_size[0] - 1, 0))))
+        dt, B, C = x_proj(u.transpose(1, 2)).split(self.split_sizes, dim=-1)
+        return u, dt_proj(dt).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+
+
+def both_directions(
+    name: str, features: tuple[Tensor, Tensor], patches: Tensor, grid: tuple[int, ...]
+) -> tuple[DirectionOutput, DirectionOutput]:
+    """The two outputs of a mixer over a sequence of these patches in the scan order of this name, and its reverse."""
+    backward = name.removesuffix(REVERSED) if name.endswith(REVERSED) else name + REVERSED
+    return (
+        DirectionOutput(name=name, features=features[0], patches=patches, grid=grid),
+        DirectionOutput(name=backward, features=features[1], patches=patches.flip(0), grid=grid),
+    )

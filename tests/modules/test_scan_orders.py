@@ -1,0 +1,100 @@
+"""Scan orders are permutations of the grid, and the ones that their names say."""
+
+import pytest
+import torch
+
+from transmamba.errors import InputError
+from transmamba.modules.scan_orders import (
+    PLAIN_MAMBA_ORDERS,
+    DirectionOutput,
+    scan_order,
+    scan_order_names,
+)
+
+GRIDS = [(1, 1), (1, 5), (4, 1), (2, 3), (3, 2), (4, 4), (5, 7)]
+VIDEO_GRIDS = [(1, 2, 3), (3, 1, 1), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *VIDEO_GRIDS], ids=str)
+def test_every_order_visits_every_patch_once_and_back(grid: tuple[int, ...]) -> None:
+    for name in scan_order_names(len(grid)):
+        order = scan_order(name, grid)
+        patches = torch.arange(len(order.order))
+        assert torch.equal(order.order.sort().values, patches)
+        assert torch.equal(order.order[order.inverse], patches)
+        x = torch.randn(2, len(patches), 3)
+        assert torch.equal(order.unscan(order.scan(x, 1), 1), x)
+        assert torch.equal(order.scan(x, 1)[:, 0], x[:, order.order[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("raster", [0, 1, 2, 3, 4, 5]),
+        ("raster_reversed", [5, 4, 3, 2, 1, 0]),
+        ("transposed", [0, 3, 1, 4, 2, 5]),
+        ("snake", [0, 1, 2, 5, 4, 3]),
+        ("snake_reversed", [3, 4, 5, 2, 1, 0]),
+        ("snake_transposed", [0, 3, 4, 1, 2, 5]),
+        ("snake_transposed_reversed", [5, 2, 1, 4, 3, 0]),
+        ("diagonal", [3, 0, 4, 1, 5, 2]),
+        ("antidiagonal", [0, 1, 3, 2, 4, 5]),
+    ],
+)
+def test_orders_of_two_rows_of_three(name: str, expected: list[int]) -> None:
+    assert scan_order(name, (2, 3)).order.tolist() == expected
+
+
+def test_orders_of_two_frames_of_one_row_of_two() -> None:
+    grid = (2, 1, 2)
+    assert scan_order("spatial_first", grid).order.tolist() == [0, 1, 2, 3]
+    assert scan_order("temporal_first", grid).order.tolist() == [0, 2, 1, 3]
+    assert scan_order("temporal_first_reversed", grid).order.tolist() == [3, 1, 2, 0]
+    assert scan_order("antidiagonal", (2, 2, 2)).order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", PLAIN_MAMBA_ORDERS)
+def test_a_snake_moves_to_a_neighbour(name: str, grid: tuple[int, int]) -> None:
+    order = scan_order(name, grid)
+    moves = order.moves().tolist()
+    assert moves[0] == 0
+    step = {1: (0, 1), 2: (0, -1), 3: (-1, 0), 4: (1, 0)}
+    places = [divmod(patch, grid[1]) for patch in order.order.tolist()]
+    for (row, column), after, move in zip(places, places[1:], moves[1:], strict=False):
+        assert after == (row + step[move][0], column + step[move][1])
+
+
+def test_a_raster_has_no_moves() -> None:
+    with pytest.raises(InputError, match="'raster' jumps"):
+        scan_order("raster", (2, 3)).moves()
+
+
+def test_moves_of_two_rows_of_three() -> None:
+    assert scan_order("snake", (2, 3)).moves().tolist() == [0, 1, 1, 4, 2, 2]
+    assert scan_order("snake_reversed", (2, 3)).moves().tolist() == [0, 1, 1, 3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "message"),
+    [
+        ("spiral", (2, 3), "no scan order 'spiral' over a grid (2, 3); choose one of antidiagonal, "),
+        ("temporal_first", (2, 3), "no scan order 'temporal_first'"),
+        ("snake", (2, 2, 3), "no scan order 'snake'"),
+        ("raster", (0, 3), "a grid of (0, 3) patches has none"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(name: str, grid: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        scan_order(name, grid)
+    assert message in str(caught.value)
+
+
+def test_directions_come_back_to_the_image_without_their_class_token() -> None:
+    order = scan_order("snake_reversed", (2, 3))
+    x = torch.randn(2, 6, 4)
+    patches = torch.cat([order.order[:2], torch.tensor([-1]), order.order[2:]])
+    scanned = order.scan(x, 1)
+    features = torch.cat([scanned[:, :2], torch.zeros(2, 1, 4), scanned[:, 2:]], dim=1)
+    direction = DirectionOutput(name=order.name, features=features, patches=patches, grid=(2, 3))
+    assert torch.equal(direction.in_raster_order(), x)
