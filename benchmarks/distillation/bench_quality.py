@@ -26,6 +26,7 @@ import torch
 
 from transmamba.conversion import convert_checkpoint
 from transmamba.data import TextSource, load_documents, load_tokenizer, pack_documents
+from transmamba.errors import TransMambaError
 from transmamba.inference import load_language_model, resolve_device
 from transmamba.recipes import distil, find_distillation, with_fields
 from transmamba.recipes.run_folder import provenance
@@ -44,21 +45,20 @@ RECIPES = ("descend", "mohawk", "plain_kl")
 def main() -> None:
     options = parse()
     folder = Path(options.folder)
-    if options.job:
-        print(
-            json.dumps(run_job(folder, json.loads(options.job), options.validation_tokens, options.device)), flush=True
-        )
+    if options.worker:
+        for job in json.loads(sys.stdin.read()):
+            print(json.dumps(finished_or_failed(folder, job, options)), flush=True)
         return
     prepare(folder, options.device)
     jobs = json.loads(Path(options.jobs).read_text()) if options.jobs else list(table(options.tokens, options.seeds))
     done = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
-    finished = {row["name"] for row in done}
+    finished = {row["name"] for row in done if "failed" not in row}
     if "teacher" not in finished:
         write(options.output, {"name": "teacher", **score_teacher(folder, options.validation_tokens, options.device)})
     waiting = [job for job in jobs if job["name"] not in finished]
+    shares = [waiting[number :: options.parallel] for number in range(options.parallel)]
     with ThreadPoolExecutor(options.parallel) as pool:
-        for row in pool.map(lambda job: in_a_process(job, options), waiting):
-            write(options.output, row)
+        list(pool.map(lambda share: watch_worker(share, options), shares))
 
 
 def table(tokens: int, seeds: int) -> Iterator[dict[str, Any]]:
@@ -121,15 +121,26 @@ def score_teacher(folder: Path, tokens: int, device: str) -> dict[str, Any]:
     }
 
 
-def in_a_process(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--folder", str(options.folder), "--device", options.device]
+def watch_worker(jobs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Hand jobs to a process of their own, and write its rows as they come."""
+    command = [sys.executable, __file__, "--worker", "--folder", str(options.folder), "--device", options.device]
     command += ["--validation-tokens", str(options.validation_tokens)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(json.dumps(jobs))
+        worker.stdin.close()
+        for line in worker.stdout:
+            write(options.output, json.loads(line))
+
+
+def finished_or_failed(folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
-    done = subprocess.run([*command, "--job", json.dumps(job)], stdout=subprocess.PIPE, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    row = json.loads(lines[-1]) if done.returncode == 0 and lines else {**job, "failed": done.returncode}
-    row["wall_seconds"] = round(time.monotonic() - begun, 1)
-    return row
+    try:
+        row = run_job(folder, job, options.validation_tokens, options.device)
+    except (TransMambaError, RuntimeError) as error:
+        row = {**job, "failed": " ".join(str(error).split())[:300]}
+    return {**row, "wall_seconds": round(time.monotonic() - begun, 1)}
 
 
 def run_job(folder: Path, job: dict[str, Any], tokens: int, device: str) -> dict[str, Any]:
@@ -150,13 +161,12 @@ def run_job(folder: Path, job: dict[str, Any], tokens: int, device: str) -> dict
     model = done.model
     target = model.config.schedule
     own = evaluate_language_model(model, windows)
-    family = []
-    for share in (1.0, 0.75, 0.5, 0.25, 0.0):
+    family = [{"share": 1.0, "trans_points": target.to_list(), "loss": own.loss}]
+    for share in (0.75, 0.5, 0.25, 0.0):
         schedule = target.partway(SEQ_LEN, share)
         model.set_trans_points(schedule)
-        family.append(
-            {"share": share, "trans_points": schedule.to_list(), "loss": evaluate_language_model(model, windows).loss}
-        )
+        score = evaluate_language_model(model, windows)
+        family.append({"share": share, "trans_points": schedule.to_list(), "loss": score.loss})
     last = {name: history.training[-1] for name, history in done.histories.items()}
     return {
         **job,
@@ -197,7 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validation-tokens", type=int, default=420_000)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--jobs", help="a JSON file with jobs of your own instead of the table")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 

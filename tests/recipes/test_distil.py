@@ -279,4 +279,4 @@ def test_a_curriculum_and_a_source_survive_json(tmp_path: Path) -> None:
     run = find_distillation("descend")()
     run = replace(run, schedule=(0, 4, None), text=TextSource(source="a", validation_share=0.0))
     assert type(run).from_json(run.to_json()) == run
-    assert run.logits.trans_point_schedule == TransPointCurriculum(descent=0.2, freedom=0.25)
+    assert run.logits.trans_point_schedule == TransPointCurriculum(descent=0.1, freedom=0.3)

@@ -129,8 +129,8 @@ def descend() -> DistillationRun:
         name="descend",
         batch_size=16,
         max_tokens=20_000_000,
-        mixers=AlignmentStage(share=0.05, trans_point_schedule=TransPointCurriculum(freedom=0.5)),
-        logits=LogitStage(ce_weight=1.0, trans_point_schedule=TransPointCurriculum(descent=0.2, freedom=0.25)),
+        mixers=AlignmentStage(share=0.02, trans_point_schedule=TransPointCurriculum(freedom=0.5)),
+        logits=LogitStage(ce_weight=1.0, trans_point_schedule=TransPointCurriculum(descent=0.1, freedom=0.3)),
         log_every=10,
         save_every=200,
     )
