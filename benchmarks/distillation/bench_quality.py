@@ -39,6 +39,7 @@ UNSEEN_BYTES = 33_000_000  # of the training file's end: less than the 8 M token
 BYTES_PER_TOKEN = 4.2
 SEQ_LEN = 2048
 TARGETS = {"V9": "v9", "V9 bounded": "0,32,64,128,256,512,1024,512"}
+PLACES = ("teacher", "student", "text", "output")  # where things lay on the machine that ran it
 RECIPES = ("descend", "mohawk", "plain_kl")
 
 
@@ -178,7 +179,7 @@ def run_job(folder: Path, job: dict[str, Any], tokens: int, device: str) -> dict
         "stages": {
             name: {"steps": row.step, "tokens": row.tokens, "seconds": row.seconds} for name, row in last.items()
         },
-        "recipe_fields": done.run.to_json(),
+        "recipe_fields": {name: value for name, value in done.run.to_json().items() if name not in PLACES},
         "kl_curve": [(row.tokens, row.metrics.get("kl")) for row in done.histories["logits"].training[::4]],
         "trans_points": TransPointSchedule(target).to_list(),
     }
