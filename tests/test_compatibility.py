@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, LlamaConfig, Mamba2Config, PreTrainedTokenizerFast
 
 from transmamba import TransMambaConfig
-from transmamba.compatibility import allowed_length, check_teacher_length, common_vocabulary
+from transmamba.compatibility import allowed_length, check_same_encoding, check_teacher_length, common_vocabulary
 from transmamba.errors import InputError
 
 WORDS = ["<end>", "the", "state", "of", "memory"]
@@ -141,3 +141,17 @@ def test_rotary_embeddings_that_differ_by_layer_are_read() -> None:
     stretched = rope("yarn", factor=2.0, original_max_position_embeddings=48)
     config.rope_parameters = {"full_attention": stretched, "sliding_attention": rope("default")}
     assert allowed_length(config) == 96
+
+
+def test_tokenizers_with_one_vocabulary_and_other_merges_are_refused() -> None:
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    merging, plain = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges)))
+        for merges in ([("a", "b")], [])
+    )
+    check_same_encoding(merging, merging, ["abab"])
+    check_same_encoding(merging, plain, ["b", "a"])
+    with pytest.raises(
+        InputError, match=r"the teacher's makes 1 tokens and the student's 2 of a text that begins 'ab'"
+    ):
+        check_same_encoding(merging, plain, ["b", "ab"])

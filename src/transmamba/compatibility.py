@@ -3,6 +3,7 @@
 This file asks tokenizers and configurations only; no model is loaded for it.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transmamba.errors import InputError
@@ -10,7 +11,10 @@ from transmamba.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["allowed_length", "check_teacher_length", "common_vocabulary"]
+__all__ = ["allowed_length", "check_same_encoding", "check_teacher_length", "common_vocabulary"]
+
+CHECKED_CHARACTERS = 2000  # of each of the first documents, encoded by both tokenizers
+CHECKED_DOCUMENTS = 8
 
 
 def common_vocabulary(
@@ -39,6 +43,29 @@ def common_vocabulary(
                 f"{_in_words(student.get(index))} in the student's; give a teacher and a student with one tokenizer."
             )
     return max(used) + 1
+
+
+def check_same_encoding(
+    teacher_tokenizer: "PreTrainedTokenizerBase",
+    student_tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+) -> None:
+    """Refuse two tokenizers that make different token ids of the beginnings of some texts, as other merges would.
+
+    Raises:
+        InputError: they differ, with the first text on which they do.
+    """
+    for text in texts[:CHECKED_DOCUMENTS]:
+        part = text[:CHECKED_CHARACTERS]
+        teacher, student = (
+            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            for tokenizer in (teacher_tokenizer, student_tokenizer)
+        )
+        if teacher != student:
+            raise InputError(
+                f"the tokenizers differ: the teacher's makes {len(teacher)} tokens and the student's {len(student)} of "
+                f"a text that begins {part[:30]!r}; give a teacher and a student with one tokenizer."
+            )
 
 
 def check_teacher_length(config: "PreTrainedConfig", seq_len: int) -> None:

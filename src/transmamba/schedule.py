@@ -151,10 +151,10 @@ class TransPointSchedule(tuple[int | None, ...]):
             raise ScheduleError(f"share={share!r} must be a number from 0 to 1, or {len(self)} of them, one per layer.")
         entries: list[int | None] = []
         for entry, one in zip(self, shares, strict=True):
-            if entry is None or entry >= seq_len or one == 1:
-                entries.append(entry)
+            place = _on_the_way(None, entry, one, seq_len)
+            if place is None or place >= seq_len or one == 1:
+                entries.append(place)
             else:
-                place = round((seq_len + 1) ** (1 - one) * (entry + 1) ** one) - 1
                 step = 1 << max(0, place.bit_length() - 3)
                 entries.append(-(-place // step) * step)
         return type(self)(entries).stays_attention_from(seq_len)

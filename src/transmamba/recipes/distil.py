@@ -9,7 +9,7 @@ A run's folder holds
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from transmamba.compatibility import check_teacher_length, common_vocabulary
+from transmamba.compatibility import check_same_encoding, check_teacher_length, common_vocabulary
 from transmamba.data import PackedDataset, load_documents, pack_documents
 from transmamba.distillation import (
     AlignmentObjective,
@@ -146,8 +146,8 @@ def _prepare(run: DistillationRun, device: torch.device) -> _Plan:
     student.config.pad_token_id = student.generation_config.pad_token_id = tokenizer.pad_token_id
     seq_len = run.seq_len or student.config.max_position_embeddings
     target = _target(run, student, seq_len)
-    teacher = _load_teacher(run, student, tokenizer, seq_len, device)
     documents = load_documents(run.text)
+    teacher = _load_teacher(run, student, tokenizer, seq_len, device, documents.train)
     train: Any = pack_documents(documents.train, tokenizer, seq_len, boundaries=run.document_boundaries)
     validation = None
     if documents.validation:
@@ -193,6 +193,7 @@ def _load_teacher(
     tokenizer: PreTrainedTokenizerFast,
     seq_len: int,
     device: torch.device,
+    texts: Sequence[str],
 ) -> OnlineTeacher | StoredTeacher:
     if StoredTeacher.is_stored(run.teacher):
         stored = StoredTeacher(run.teacher)
@@ -210,6 +211,7 @@ def _load_teacher(
     model, teacher_tokenizer = load_language_model(run.teacher, dtype=torch.float32)
     check_teacher_length(model.config, seq_len)
     known = common_vocabulary(teacher_tokenizer, model.config, tokenizer, student.config)
+    check_same_encoding(teacher_tokenizer, tokenizer, texts)
     bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda")
     return OnlineTeacher(model.to(device, torch.bfloat16 if bf16 else torch.float32), vocab_size=known)
 

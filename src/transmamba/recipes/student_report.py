@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transmamba._version import __version__
+from transmamba.compatibility import check_same_encoding, common_vocabulary
 from transmamba.data import (
     RECALL_TASKS,
     PackedDataset,
@@ -24,7 +25,7 @@ from transmamba.data import (
     recall_prompts,
     shortest_recall,
 )
-from transmamba.errors import CheckpointError, RecipeError
+from transmamba.errors import RecipeError
 from transmamba.inference import load_checkpoint, load_language_model, measure_speed, resolve_device
 from transmamba.models import TransMambaForCausalLM
 from transmamba.report import (
@@ -44,8 +45,6 @@ __all__ = ["ReportSettings", "measure_student", "report_student"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE, NUMBERS = "student_report.html", "student_report.json"
 ANSWER_ROOM = 16  # tokens; the longest answer of a recall prompt has 11 bytes
-CHECKED_CHARACTERS = 2000  # of each of the first documents, encoded by both tokenizers
-CHECKED_DOCUMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +119,8 @@ def report_student(
     name of the .html file, beside which the .json is put.
 
     Raises:
-        CheckpointError: a model is missing or damaged, or the two have different tokenizers.
+        CheckpointError: a model is missing or damaged.
+        InputError: the two have different tokenizers.
         CorpusError: the text cannot be read or is too little.
         RecipeError, InputError: a setting does not fit the models.
     """
@@ -132,7 +132,8 @@ def report_student(
     student_model, tokenizer = load_checkpoint(student, device=chosen, dtype=dtype)
     teacher_model, teacher_tokenizer = load_language_model(teacher, device=chosen, dtype=dtype)
     documents = load_documents(settings.text).train
-    check_same_tokenizer(str(teacher), teacher_tokenizer, str(student), tokenizer, documents)
+    common_vocabulary(teacher_tokenizer, teacher_model.config, tokenizer, student_model.config)
+    check_same_encoding(teacher_tokenizer, tokenizer, documents)
     seq_len = _seq_len(settings, teacher_model, student_model)
     windows = pack_documents(documents, tokenizer, seq_len, drop_last=False)
     measured = measure_student(teacher_model, student_model, tokenizer, windows, hay=documents, settings=settings)
@@ -194,40 +195,6 @@ def measure_student(
         schedules=tuple(_measured_schedule(entry, seq_len) for entry in comparison.students),
         agreement=tuple(AgreementRow(**asdict(row)) for row in score.agreement.by_position),
     )
-
-
-def check_same_tokenizer(
-    teacher: str,
-    teacher_tokenizer: PreTrainedTokenizerFast,
-    student: str,
-    student_tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],
-) -> None:
-    """Refuse two tokenizers that make different token ids of a text. Entries that only one has are no difference.
-
-    Raises:
-        CheckpointError: the two differ, with the first entry or text on which they do.
-    """
-    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
-    if moved:
-        token = min(moved, key=lambda token: ours[token])
-        raise CheckpointError(
-            f"{student} and {teacher} have different tokenizers: {token!r} is {ours[token]} in the one and "
-            f"{theirs[token]} in the other; a student can only be compared with a teacher that reads the same tokens."
-        )
-    for text in texts[:CHECKED_DOCUMENTS]:
-        part = text[:CHECKED_CHARACTERS]
-        ids = [
-            tokenizer(part, add_special_tokens=False)["input_ids"]
-            for tokenizer in (student_tokenizer, teacher_tokenizer)
-        ]
-        if ids[0] != ids[1]:
-            raise CheckpointError(
-                f"{student} and {teacher} have different tokenizers: they make {len(ids[0])} and {len(ids[1])} tokens "
-                f"of a text that begins {part[:30]!r}; a student can only be compared with a teacher that reads the "
-                "same tokens."
-            )
 
 
 def _output_files(output: Path) -> tuple[Path, Path]:
