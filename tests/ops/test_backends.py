@@ -71,7 +71,7 @@ def test_a_fallback_is_announced_once(
 def test_an_old_gpu_falls_back(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert resolve_backend("ssd_scan", None, OnCuda()) == "torch"
-    with pytest.raises(InputError, match="need compute capability 8.0, and cuda:0 has 7.5"):
+    with pytest.raises(InputError, match=r"need compute capability 8\.0, and cuda:0 has 7\.5"):
         resolve_backend("ssd_scan", "triton", OnCuda())
 
 
