@@ -312,7 +312,7 @@ def scan_kernel(
 
 @triton.jit
 def rest_kernel(S, rest, whole, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
-    """The sum of dt A from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over the row, (rows, dt_heads)."""
+    """Sums of dt A from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = tl.load(first_of_row + row)
