@@ -17,6 +17,9 @@ import torch
 
 from tests.helpers import DEVICE, data_folder, fill_scratch_with_nan
 
+if DEVICE.type == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded: the kernels' tests run them in Python
+
 OPS_TESTS = Path(__file__).parent / "ops"
 CLI_TESTS = Path(__file__).parent / "cli"
 CLI_ABSENT = find_spec("typer") is None  # a GPU machine may have torch, transformers and pytest, and no more

@@ -31,8 +31,8 @@ class OnCuda:
 
 @pytest.fixture
 def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_missing_triton", lambda: "")
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "TRITON_MISSING", "")
     backends._announce.cache_clear()
 
 
@@ -77,15 +77,15 @@ def test_a_fallback_is_announced_once(
 
 
 def test_an_old_gpu_falls_back(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
     assert resolve_backend("ssd_scan", None, OnCuda()) == "torch"
     with pytest.raises(InputError, match=r"need compute capability 8\.0, and cuda:0 has 7\.5"):
         resolve_backend("ssd_scan", "triton", OnCuda())
 
 
 def test_without_triton_pytorch_runs_and_the_extra_is_named(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    monkeypatch.setattr(backends, "_missing_triton", backends._missing_triton_uncached)
+    reason = "triton is not installed (pip install 'transmamba[triton]')"
+    monkeypatch.setattr(backends, "TRITON_MISSING", reason)
     assert resolve_backend("ssd_scan", None, OnCuda()) == "torch"
     assert {choice.backend for choice in explain("cuda")} == {"torch"}
     with pytest.raises(InputError, match=r"pip install 'transmamba\[triton\]'"):
@@ -93,7 +93,7 @@ def test_without_triton_pytorch_runs_and_the_extra_is_named(an_h100: None, monke
 
 
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_missing_triton", lambda: "")
+    monkeypatch.setattr(backends, "TRITON_MISSING", "")
     x = torch.zeros(1, 1, 1, 4)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_backend("ssd_scan", "triton", x) == "triton"

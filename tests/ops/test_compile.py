@@ -1,6 +1,7 @@
 """The ops inside torch.compile: one graph, the same numbers. aot_eager needs no C compiler, which users may lack."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import CHUNK, FP64_BOUND, gradients, ssd_inputs, without, worst_error
+from tests.ops.kernels import needs_triton
 from transmamba.ops import (
     causal_conv1d,
     hybrid_mixer,
@@ -76,6 +78,22 @@ def test_further_lengths_are_compiled_too() -> None:
     for seq_len in (CHUNK + 4, CHUNK):
         inputs = ssd_inputs(seq_len=seq_len)
         assert worst_error(compiled(**inputs), CALLS["hybrid_mixer"](**inputs)) < FP64_BOUND
+
+
+@needs_triton
+def test_kernels_are_one_node_each() -> None:
+    inputs = ssd_inputs((2, 1, 1, 2), seq_len=20, dtype=torch.float32, state=False)
+    mix = partial(hybrid_mixer, **without(inputs, "q", "initial_state"), trans_point=7, backend="triton")
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    assert torch.equal(torch.compile(mix, backend=keep, fullgraph=True)(inputs["q"]), mix(inputs["q"]))
+    (graph,) = graphs
+    called = [str(node.target).removesuffix(".default") for node in graph.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "transmamba" in name] == ["transmamba.memory_converter", "transmamba.ssd_scan"]
 
 
 def test_bad_shapes_are_refused_while_compiling() -> None:

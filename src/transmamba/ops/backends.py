@@ -26,6 +26,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch"),
 }
+TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_SIZE = 256  # of state_size and head_dim; beyond it a program's registers do not hold a state's columns
 TRITON_CAPABILITY = (8, 0)  # the first GPUs with bf16 and tf32 matrix units
@@ -50,13 +51,13 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor) -> str:
         raise InputError(f"{op} has no backend {backend!r}; choose {' or '.join(map(repr, known))}, or None.")
     if "triton" not in known or backend in ("reference", "torch"):
         return backend or "torch"
+    if backend is None and (not inputs or inputs[0].device.type != "cuda"):
+        return "torch"
     obstacle = _obstacle(inputs)
     if backend == "triton":
         if obstacle:
             raise InputError(f"{op} cannot run on backend 'triton': {obstacle}; pass backend='torch', or None.")
         return "triton"
-    if not inputs or inputs[0].device.type != "cuda":
-        return "torch"
     if obstacle:
         if not torch.compiler.is_compiling():
             _announce(op, obstacle)
@@ -71,11 +72,10 @@ def explain(device: str = "cpu") -> list[BackendChoice]:
 
 def _explain(op: str, device: str) -> BackendChoice:
     if device == "cuda" and "triton" in _IMPLEMENTED[op]:
-        obstacle = _missing_triton()
-        if not obstacle:
-            reason = "our GPU kernels, for bf16, fp16 and fp32; fp64 runs as plain PyTorch"
-            return BackendChoice(op=op, backend="triton", reason=reason)
-        return BackendChoice(op=op, backend="torch", reason=f"plain PyTorch, since {obstacle}")
+        if TRITON_MISSING:
+            return BackendChoice(op=op, backend="torch", reason=f"plain PyTorch, since {TRITON_MISSING}")
+        reason = "our GPU kernels, for bf16, fp16 and fp32; fp64 runs as plain PyTorch"
+        return BackendChoice(op=op, backend="triton", reason=reason)
     reasons = {
         "cpu": "matrix products and vector code in plain PyTorch; the only fast form on a CPU",
         "cuda": "plain PyTorch, right but not the fastest; there is no GPU kernel for this op in this version",
@@ -86,9 +86,8 @@ def _explain(op: str, device: str) -> BackendChoice:
 
 def _obstacle(inputs: tuple[Tensor, ...]) -> str:
     """Why the Triton kernels cannot run on these tensors; empty if they can."""
-    missing = _missing_triton()
-    if missing or not inputs:
-        return missing
+    if TRITON_MISSING or not inputs:
+        return TRITON_MISSING
     x = inputs[0]
     if x.dtype not in TRITON_DTYPES:
         return f"its kernels are for bf16, fp16 and fp32, and the inputs are {str(x.dtype).removeprefix('torch.')}"
@@ -96,7 +95,7 @@ def _obstacle(inputs: tuple[Tensor, ...]) -> str:
     if size > TRITON_MAX_SIZE:
         return f"its kernels are for state_size and head_dim up to {TRITON_MAX_SIZE}, and here it is {size}"
     if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
+        capability = _capability(x.device)
         if capability < TRITON_CAPABILITY:
             needed, found = (".".join(map(str, pair)) for pair in (TRITON_CAPABILITY, capability))
             return f"its kernels need compute capability {needed}, and {x.device} has {found}"
@@ -106,11 +105,9 @@ def _obstacle(inputs: tuple[Tensor, ...]) -> str:
     return f"its kernels need a CUDA device, and the inputs are on {x.device}"
 
 
-def _missing_triton_uncached() -> str:
-    return "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
-
-
-_missing_triton = lru_cache(maxsize=1)(_missing_triton_uncached)
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=64)  # says each thing once

@@ -37,6 +37,15 @@ def load_tile(base, rows, stride, columns, inside, size, WHOLE: tl.constexpr, DO
 
 
 @triton.jit
+def load_plane(base, n, p, size_n, size_p, WHOLE_N: tl.constexpr, WHOLE_P: tl.constexpr):
+    """A tile of a state; zeros outside."""
+    place = base + n.to(tl.int64)[:, None] * size_p + p[None, :]
+    if WHOLE_N and WHOLE_P:
+        return tl.load(place)
+    return tl.load(place, mask=(n < size_n)[:, None] & (p < size_p)[None, :], other=0.0)
+
+
+@triton.jit
 def decay_kernel(
     dt, A, S, steps, segments, dt_b, dt_t, dt_h, A_h, heads, places, L: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -79,6 +88,7 @@ def state_kernel(
     x_group,
     z_group,
     dt_group,
+    outer_group,
     size_n,
     size_p,
     places,
@@ -87,6 +97,7 @@ def state_kernel(
     BY_ROW: tl.constexpr,
     STORE_CHUNKS: tl.constexpr,
     STORE_LEFT: tl.constexpr,
+    STORE_END: tl.constexpr,
     L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -99,14 +110,16 @@ def state_kernel(
     """Carry a state over a segment: h <- exp(S_L) h + sum_j f_j x_j z_j^T, or in reverse with e_i in place of f_j.
 
     Forward, x and z are keys and values; in reverse, queries and the output's gradient.
-    ENTERING: start from `entering`, one state per segment, or per row with BY_ROW; zeros otherwise. STORE_CHUNKS: write
-    the state that enters each chunk. STORE_LEFT: write the state at the end, and the sum of dt A over the segment.
+    ENTERING: start from `entering`, one state per segment and head, or with BY_ROW one per row and group of heads, of
+    which only the first takes it; zeros otherwise. STORE_CHUNKS: write the state that enters each chunk. STORE_LEFT:
+    write the state at the segment's end, and the sum of dt A over the segment. STORE_END: write the state at the row's
+    end (in reverse, its beginning).
     """
     index = tl.program_id(0)
     block = index % BLOCKS_P
     head = (index // BLOCKS_P) % heads
     segment = index // (BLOCKS_P * heads)
-    batch, start, count, first_chunk, row, _, _ = segment_of(segments, segment)
+    batch, start, count, first_chunk, row, is_first, is_last = segment_of(segments, segment)
     n = tl.arange(0, BLOCK_N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     within = tl.arange(0, L)
@@ -115,8 +128,12 @@ def state_kernel(
     plane_size = tl.cast(size_n, tl.int64) * size_p
     h = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     if ENTERING:
-        origin = row if BY_ROW else segment.to(tl.int64)
-        h = tl.load(entering + (origin * heads + head) * plane_size + plane, mask=stored, other=0.0).to(tl.float32)
+        if BY_ROW:
+            origin = entering + (row * (heads // outer_group) + head // outer_group) * plane_size
+            h = tl.load(origin + plane, mask=stored, other=0.0).to(tl.float32)
+            h = tl.where(head % outer_group == 0, h, 0.0)
+        else:
+            h = tl.load(entering + (segment.to(tl.int64) * heads + head) * plane_size + plane, mask=stored, other=0.0)
     x += batch * x_b + start * x_t + (head // x_group).to(tl.int64) * x_h
     z += batch * z_b + start * z_t + (head // z_group).to(tl.int64) * z_h
     vector = (head // dt_group).to(tl.int64) * places + first_chunk * L
@@ -144,6 +161,10 @@ def state_kernel(
     if STORE_LEFT:
         tl.store(left + (segment.to(tl.int64) * heads + head) * plane_size + plane, h, mask=stored)
         tl.store(log_decay + segment.to(tl.int64) * heads + head, total, mask=block == 0)
+    if STORE_END:
+        at_end = is_first if REVERSE else is_last
+        if at_end != 0:
+            tl.store(left + (row * heads + head) * plane_size + plane, h, mask=stored)
 
 
 @triton.jit
@@ -290,113 +311,27 @@ def scan_kernel(
 
 
 @triton.jit
-def query_gradient_kernel(
-    k,
-    v,
-    q,
-    dy,
-    S,
-    steps,
-    entering,
-    chunk_states,
-    dq,
-    carried,
-    segments,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    dy_b,
-    dy_t,
-    dy_h,
-    dq_t,
-    tokens,
-    heads,
-    q_group,
-    k_group,
-    v_group,
-    dt_group,
-    state_group,
-    size_n,
-    size_p,
-    places,
-    ENTERING: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCKS_P: tl.constexpr,
-    WHOLE_N: tl.constexpr,
-    WHOLE_P: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of one head's queries over one segment, along with the states, which are computed anew and stored.
-
-    dq (batch, tokens, slots, N) with a slot per head and block of P; carried (slots, places): e_i q_i^T h dy_i, what
-    the entering state gave to each token; chunk_states (chunks, state heads, N, P): the state that enters each chunk.
-    """
-    index = tl.program_id(0)
-    block = index % BLOCKS_P
-    head = (index // BLOCKS_P) % heads
-    segment = index // (BLOCKS_P * heads)
-    batch, start, count, first_chunk, row, _, _ = segment_of(segments, segment)
-    n = tl.arange(0, BLOCK_N)
-    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    within = tl.arange(0, L)
-    plane = n.to(tl.int64)[:, None] * size_p + p[None, :]
-    stored = (n < size_n)[:, None] & (p < size_p)[None, :]
-    plane_size = tl.cast(size_n, tl.int64) * size_p
-    state_head = head // state_group
-    state_heads = heads // state_group
-    h = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    if ENTERING:
-        origin = row if BY_ROW else segment.to(tl.int64)
-        h = tl.load(entering + (origin * state_heads + state_head) * plane_size + plane, mask=stored, other=0.0)
-        h = h.to(tl.float32)
-    q += batch * q_b + start * q_t + (head // q_group).to(tl.int64) * q_h
-    k += batch * k_b + start * k_t + (head // k_group).to(tl.int64) * k_h
-    v += batch * v_b + start * v_t + (head // v_group).to(tl.int64) * v_h
-    dy += batch * dy_b + start * dy_t + head.to(tl.int64) * dy_h
-    slot = (head * BLOCKS_P + block).to(tl.int64)
-    dq += (batch * tokens + start) * dq_t + slot * size_n
-    carried += slot * places + first_chunk * L
-    vector = (head // dt_group).to(tl.int64) * places + first_chunk * L
-    chunk_states += (first_chunk * state_heads + state_head) * plane_size
-    first_reader = head % state_group == 0
-    past = within[:, None] >= within[None, :]
-    for chunk in range(0, tl.cdiv(count, L)):
-        rows = chunk * L + within
-        inside = rows < count
-        k_c = load_tile(k, rows, k_t, n, inside, size_n, WHOLE_N, DOT)
-        v_c = load_tile(v, rows, v_t, p, inside, size_p, WHOLE_P, DOT)
-        dy_c = load_tile(dy, rows, dy_t, p, inside, size_p, WHOLE_P, DOT)
-        q_c = load_tile(q, rows, q_t, n, inside, size_n, WHOLE_N, DOT)
-        S_c = tl.load(S + vector + rows)
-        step = tl.load(steps + vector + rows)
-        S_end = tl.load(S + vector + chunk * L + L - 1)
-        h_dot = h.to(DOT)
-        if first_reader:
-            place = chunk_states + tl.cast(chunk, tl.int64) * state_heads * plane_size + plane
-            tl.store(place, h.to(chunk_states.dtype.element_ty), mask=stored)
-        dscores = tl.dot(dy_c, tl.trans(v_c), input_precision=PRECISION)
-        dscores *= tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
-        dq_c = tl.dot(dy_c, tl.trans(h_dot), input_precision=PRECISION) * tl.exp(S_c)[:, None]
-        tl.store(carried + rows, tl.sum(dq_c * q_c.to(tl.float32), axis=1))
-        dq_c = tl.dot(dscores.to(DOT), k_c, acc=dq_c, input_precision=PRECISION)
-        place = dq + rows.to(tl.int64)[:, None] * dq_t + n[None, :]
-        tl.store(place, dq_c.to(dq.dtype.element_ty), mask=inside[:, None] & (n < size_n)[None, :])
-        written = (v_c.to(tl.float32) * (step * tl.exp(S_end - S_c))[:, None]).to(DOT)
-        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp(S_end), input_precision=PRECISION)
+def rest_kernel(S, rest, whole, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
+    """Sums of dt A from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    first = tl.load(first_of_row + row)
+    after = tl.load(first_of_row + row + 1)
+    total = 0.0
+    for i in range(0, after - first):
+        _, _, count, first_chunk, _, _, _ = segment_of(segments, after - 1 - i)
+        chunks = tl.cdiv(count, L)
+        for j in range(0, chunks):
+            chunk = first_chunk + chunks - 1 - j
+            if not WHOLE_ROWS:
+                tl.store(rest + head * (places // L) + chunk, total)
+            total += tl.load(S + head * places + chunk * L + L - 1)
+    if WHOLE_ROWS:
+        tl.store(whole + row.to(tl.int64) * tl.num_programs(1) + head, total)
 
 
 @triton.jit
-def key_value_gradient_kernel(
+def gradient_kernel(
     q,
     k,
     v,
@@ -405,15 +340,15 @@ def key_value_gradient_kernel(
     steps,
     A,
     D,
-    chunk_states,
-    leaving,
-    carried,
+    states,
+    dstates,
+    rest,
+    dq,
     dk,
     dv,
     ddt,
     dA,
     dD,
-    dstate,
     segments,
     q_b,
     q_t,
@@ -427,11 +362,10 @@ def key_value_gradient_kernel(
     dy_b,
     dy_t,
     dy_h,
-    dk_t,
-    dv_t,
     A_h,
     D_h,
     tokens,
+    longest,
     heads,
     q_group,
     k_group,
@@ -442,119 +376,146 @@ def key_value_gradient_kernel(
     size_p,
     places,
     READS: tl.constexpr,
-    LEAVING: tl.constexpr,
-    BY_ROW: tl.constexpr,
     SKIP: tl.constexpr,
-    STORE_DSTATE: tl.constexpr,
     L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
     BLOCKS_P: tl.constexpr,
     WHOLE_N: tl.constexpr,
     WHOLE_P: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The other gradients of one head over one segment, from its last chunk to its first; dh is that of the state.
+    """Gradients of one head's q, k, v, dt, A and D in one chunk, from the states around it.
 
-    Every output is a part of its own: dk (batch, tokens, slots, N) with a slot per head and block of P, dv (batch,
-    tokens, heads, P), ddt (batch, tokens, slots), dA and dD (segments, slots), dstate (rows, heads, N, P).
-    LEAVING: dh starts from `leaving`, one per segment and head; with BY_ROW, one per row and state head, of which the
-    first head that reads the state takes the gradient. Without READS there are no queries and outputs, as in
-    memory_converter: the gradient comes from the final state alone.
+    states (chunks, state heads, N, P): h, which enters each chunk. dstates (chunks, heads, N, P): dh, the gradient of
+    the state that leaves it. dq, dk, dv (batch, tokens, heads, size) and ddt (batch, tokens, heads): a part per head.
+    dA, dD (chunks, heads). Without READS there are no queries and outputs, as in memory_converter: dstates (rows,
+    heads, N, P) is the gradient of the final state, which decays over the `rest` of the row.
     """
     index = tl.program_id(0)
-    block = index % BLOCKS_P
-    head = (index // BLOCKS_P) % heads
-    segment = index // (BLOCKS_P * heads)
-    batch, start, count, first_chunk, row, is_first, _ = segment_of(segments, segment)
-    n = tl.arange(0, BLOCK_N)
-    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    head = index % heads
+    chunk = (index // heads) % longest
+    batch, start, count, first_chunk, row, _, _ = segment_of(segments, index // (heads * longest))
+    if chunk * L >= count:
+        return
     within = tl.arange(0, L)
-    plane = n.to(tl.int64)[:, None] * size_p + p[None, :]
-    stored = (n < size_n)[:, None] & (p < size_p)[None, :]
+    inside = chunk * L + within < count
+    columns_n = tl.arange(0, BLOCK_N)
+    columns_p = tl.arange(0, BLOCK_P)
     plane_size = tl.cast(size_n, tl.int64) * size_p
-    state_heads = heads // state_group
-    dh = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    if LEAVING:
-        if BY_ROW:
-            origin = leaving + (row * state_heads + head // state_group) * plane_size
-            dh = tl.load(origin + plane, mask=stored, other=0.0).to(tl.float32)
-            dh = tl.where(head % state_group == 0, dh, 0.0)
-        else:
-            dh = tl.load(leaving + (segment.to(tl.int64) * heads + head) * plane_size + plane, mask=stored, other=0.0)
-    q += batch * q_b + start * q_t + (head // q_group).to(tl.int64) * q_h
-    k += batch * k_b + start * k_t + (head // k_group).to(tl.int64) * k_h
-    v += batch * v_b + start * v_t + (head // v_group).to(tl.int64) * v_h
-    dy += batch * dy_b + start * dy_t + head.to(tl.int64) * dy_h
-    token = batch * tokens + start
-    slot = (head * BLOCKS_P + block).to(tl.int64)
-    dk += token * dk_t + slot * size_n
-    dv += token * dv_t + head.to(tl.int64) * size_p
-    ddt += token * (heads * BLOCKS_P) + slot
-    carried += slot * places + first_chunk * L
-    vector = (head // dt_group).to(tl.int64) * places + first_chunk * L
-    chunk_states += (first_chunk * state_heads + head // state_group) * plane_size
-    rate = tl.load(A + (head // dt_group) * A_h).to(tl.float32)
-    skip = 0.0
-    if SKIP:
-        skip = tl.load(D + head * D_h).to(tl.float32)
-    sum_A = 0.0
-    sum_D = 0.0
-    future = within[:, None] <= within[None, :]  # (j, i): whether token i reads token j
-    same = within[:, None] == within[None, :]
-    chunks = tl.cdiv(count, L)
-    for i in range(0, chunks):
-        chunk = chunks - 1 - i
-        rows = chunk * L + within
-        inside = rows < count
-        k_c = load_tile(k, rows, k_t, n, inside, size_n, WHOLE_N, DOT)
-        v_c = load_tile(v, rows, v_t, p, inside, size_p, WHOLE_P, DOT)
-        h = tl.load(chunk_states + tl.cast(chunk, tl.int64) * state_heads * plane_size + plane, mask=stored, other=0.0)
-        S_c = tl.load(S + vector + rows)
-        step = tl.load(steps + vector + rows)
-        S_end = tl.load(S + vector + chunk * L + L - 1)
+    state_head = head // state_group
+    place = first_chunk + chunk
+    first = start + chunk * L
+    q += batch * q_b + first * q_t + (head // q_group).to(tl.int64) * q_h
+    k += batch * k_b + first * k_t + (head // k_group).to(tl.int64) * k_h
+    v += batch * v_b + first * v_t + (head // v_group).to(tl.int64) * v_h
+    dy += batch * dy_b + first * dy_t + head.to(tl.int64) * dy_h
+    token = (batch * tokens + first) * heads + head
+    dq += token * size_n
+    dk += token * size_n
+    dv += token * size_p
+    h_base = states + (place * (heads // state_group) + state_head) * plane_size
+    vector = (head // dt_group).to(tl.int64) * places + place * L
+    S_c = tl.load(S + vector + within)
+    step = tl.load(steps + vector + within)
+    S_end = tl.load(S + vector + L - 1)
+    from_start = tl.exp(S_c)
+    if READS:
+        dh_base = dstates + (place * heads + head) * plane_size
+        remaining = 1.0
         to_end = tl.exp(S_end - S_c)
-        dh_dot = dh.to(DOT)
-        dk_c = tl.dot(v_c, tl.trans(dh_dot), input_precision=PRECISION) * to_end[:, None]
-        kept = tl.sum(dk_c * k_c.to(tl.float32), axis=1)  # by the chunk's end, of token j; per unit of dt_j
-        dv_c = tl.dot(k_c, dh_dot, input_precision=PRECISION) * (step * to_end)[:, None]
+    else:
+        dh_base = dstates + (row * heads + head) * plane_size
+        remaining = tl.exp(tl.load(rest + (head // dt_group).to(tl.int64) * (places // L) + place))
+        to_end = tl.exp(S_end - S_c) * remaining
+    read = tl.zeros((L,), tl.float32)
+    over = tl.zeros((L,), tl.float32)
 
-        # dt_t A decays what passes over token t: pairs j < t <= i, of which i, j or both may lie outside the chunk.
-        dh *= tl.exp(S_end)
-        over = tl.cumsum(kept * step, axis=0) - kept * step + tl.sum(h.to(tl.float32) * dh)
+    if READS:
+        scores = tl.zeros((L, L), tl.float32)  # (j, i): what token i reads of token j, per unit of dt_j
+        for a in range(0, BLOCKS_N):
+            n = a * BLOCK_N + columns_n
+            q_n = load_tile(q, within, q_t, n, inside, size_n, WHOLE_N, DOT)
+            k_n = load_tile(k, within, k_t, n, inside, size_n, WHOLE_N, DOT)
+            scores = tl.dot(k_n, tl.trans(q_n), acc=scores, input_precision=PRECISION)
+        dscores = tl.zeros((L, L), tl.float32)  # (j, i)
+        dscores_i = tl.zeros((L, L), tl.float32)  # (i, j)
+        for b in range(0, BLOCKS_P):
+            p = b * BLOCK_P + columns_p
+            v_p = load_tile(v, within, v_t, p, inside, size_p, WHOLE_P, DOT)
+            dy_p = load_tile(dy, within, dy_t, p, inside, size_p, WHOLE_P, DOT)
+            dscores = tl.dot(v_p, tl.trans(dy_p), acc=dscores, input_precision=PRECISION)
+            dscores_i = tl.dot(dy_p, tl.trans(v_p), acc=dscores_i, input_precision=PRECISION)
+        if SKIP:
+            diagonal = tl.where(within[:, None] == within[None, :], dscores, 0.0)
+            tl.store(dD + place * heads + head, tl.sum(diagonal))
+        future = within[:, None] <= within[None, :]
+        decay = tl.exp(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
+        dscores *= decay
+        pairs = scores * dscores
+        read = tl.sum(pairs, axis=1)  # by all tokens, of token j; per unit of dt_j
+        gained = tl.sum(pairs * step[:, None], axis=0)  # by token i, of all tokens
+        scores_dot = (scores * decay * step[:, None]).to(DOT)
+        dscores_dot = dscores.to(DOT)
+        past = within[:, None] >= within[None, :]
+        decay_i = tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf")))
+        dscores_i_dot = (dscores_i * decay_i * step[None, :]).to(DOT)
+        over += tl.cumsum(gained - read * step, axis=0, reverse=True)
 
+    for b in range(0, BLOCKS_P):
+        p = b * BLOCK_P + columns_p
+        dv_p = tl.zeros((L, BLOCK_P), tl.float32)
+        for a in range(0, BLOCKS_N):
+            n = a * BLOCK_N + columns_n
+            k_n = load_tile(k, within, k_t, n, inside, size_n, WHOLE_N, DOT)
+            dh = load_plane(dh_base, n, p, size_n, size_p, WHOLE_N, WHOLE_P)
+            dv_p = tl.dot(k_n, dh.to(DOT), acc=dv_p, input_precision=PRECISION)
+        dv_p *= (step * to_end)[:, None]
         if READS:
-            q_c = load_tile(q, rows, q_t, n, inside, size_n, WHOLE_N, DOT)
-            dy_c = load_tile(dy, rows, dy_t, p, inside, size_p, WHOLE_P, DOT)
-            decay_t = tl.exp(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
-            dscores_t = tl.dot(v_c, tl.trans(dy_c), input_precision=PRECISION)
+            dy_p = load_tile(dy, within, dy_t, p, inside, size_p, WHOLE_P, DOT)
+            dv_p = tl.dot(scores_dot, dy_p, acc=dv_p, input_precision=PRECISION)
             if SKIP:
-                sum_D += tl.sum(tl.where(same, dscores_t, 0.0))
-            dscores_t *= decay_t
-            dk_c = tl.dot(dscores_t.to(DOT), q_c, acc=dk_c, input_precision=PRECISION)
-            scores_t = tl.dot(k_c, tl.trans(q_c), input_precision=PRECISION)
-            pairs = scores_t * dscores_t
-            read = tl.sum(pairs, axis=1)  # by all tokens, of token j; per unit of dt_j
-            gained = tl.sum(pairs * step[:, None], axis=0)  # by token i, of all tokens
-            dv_c = tl.dot((scores_t * decay_t * step[:, None]).to(DOT), dy_c, acc=dv_c, input_precision=PRECISION)
-            if SKIP:
-                dv_c += skip * dy_c.to(tl.float32)
-            weighted = (dy_c.to(tl.float32) * tl.exp(S_c)[:, None]).to(DOT)
-            dh = tl.dot(tl.trans(q_c), weighted, acc=dh, input_precision=PRECISION)
-            over += tl.cumsum(gained - read * step + tl.load(carried + rows), axis=0, reverse=True)
-            kept += read
+                dv_p += tl.load(D + head * D_h).to(tl.float32) * dy_p.to(tl.float32)
+        out = dv + within.to(tl.int64)[:, None] * (heads * size_p) + p[None, :]
+        tl.store(out, dv_p.to(dv.dtype.element_ty), mask=inside[:, None] & (p < size_p)[None, :])
 
-        place = dk + rows.to(tl.int64)[:, None] * dk_t + n[None, :]
-        tl.store(place, (dk_c * step[:, None]).to(dk.dtype.element_ty), mask=inside[:, None] & (n < size_n)[None, :])
-        place = dv + rows.to(tl.int64)[:, None] * dv_t + p[None, :]
-        tl.store(place, dv_c.to(dv.dtype.element_ty), mask=inside[:, None] & (p < size_p)[None, :])
-        tl.store(ddt + rows.to(tl.int64) * (heads * BLOCKS_P), kept + rate * over, mask=inside)
-        sum_A += tl.sum(over * step)
-    part = segment.to(tl.int64) * (heads * BLOCKS_P) + slot
-    tl.store(dA + part, sum_A)
-    if SKIP:
-        tl.store(dD + part, sum_D)
-    if STORE_DSTATE:
-        if is_first != 0:
-            tl.store(dstate + (row * heads + head) * plane_size + plane, dh, mask=stored)
+    kept = tl.zeros((L,), tl.float32)  # by the chunk's end, of token j; per unit of dt_j
+    carried = tl.zeros((L,), tl.float32)  # by token i, of the state that enters
+    passing = 0.0  # from the state that enters to the one that leaves
+    for a in range(0, BLOCKS_N):
+        n = a * BLOCK_N + columns_n
+        dk_n = tl.zeros((L, BLOCK_N), tl.float32)
+        dq_n = tl.zeros((L, BLOCK_N), tl.float32)
+        for b in range(0, BLOCKS_P):
+            p = b * BLOCK_P + columns_p
+            v_p = load_tile(v, within, v_t, p, inside, size_p, WHOLE_P, DOT)
+            dh = load_plane(dh_base, n, p, size_n, size_p, WHOLE_N, WHOLE_P)
+            h = load_plane(h_base, n, p, size_n, size_p, WHOLE_N, WHOLE_P)
+            passing += tl.sum(h.to(tl.float32) * dh.to(tl.float32))
+            dk_n = tl.dot(v_p, tl.trans(dh.to(DOT)), acc=dk_n, input_precision=PRECISION)
+            if READS:
+                dy_p = load_tile(dy, within, dy_t, p, inside, size_p, WHOLE_P, DOT)
+                dq_n = tl.dot(dy_p, tl.trans(h.to(DOT)), acc=dq_n, input_precision=PRECISION)
+        k_n = load_tile(k, within, k_t, n, inside, size_n, WHOLE_N, DOT)
+        dk_n *= to_end[:, None]
+        kept += tl.sum(dk_n * k_n.to(tl.float32), axis=1)
+        mask = inside[:, None] & (n < size_n)[None, :]
+        out = within.to(tl.int64)[:, None] * (heads * size_n) + n[None, :]
+        if READS:
+            q_n = load_tile(q, within, q_t, n, inside, size_n, WHOLE_N, DOT)
+            dk_n = tl.dot(dscores_dot, q_n, acc=dk_n, input_precision=PRECISION)
+            dq_n *= from_start[:, None]
+            carried += tl.sum(dq_n * q_n.to(tl.float32), axis=1)
+            dq_n = tl.dot(dscores_i_dot, k_n, acc=dq_n, input_precision=PRECISION)
+            tl.store(dq + out, dq_n.to(dq.dtype.element_ty), mask=mask)
+        tl.store(dk + out, (dk_n * step[:, None]).to(dk.dtype.element_ty), mask=mask)
+
+    # dt_t A decays what passes over token t: pairs j < t <= i, of which i, j or both may lie outside the chunk.
+    over += tl.cumsum(kept * step, axis=0) - kept * step + passing * tl.exp(S_end) * remaining
+    if READS:
+        over += tl.cumsum(carried, axis=0, reverse=True)
+    rate = tl.load(A + (head // dt_group) * A_h).to(tl.float32)
+    tl.store(ddt + token + within.to(tl.int64) * heads, read + kept + rate * over, mask=inside)
+    tl.store(dA + place * heads + head, tl.sum(over * step))

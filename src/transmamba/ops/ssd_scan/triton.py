@@ -12,6 +12,10 @@ from torch import Tensor
 
 from . import launches
 
+# Sizes of states and heads are brought to multiples of this: loads of single entries are slow, and on Hopper Triton 3.6
+# compiled them into wrong gradients of q (bf16, sizes 20 and 37; docs/ops/ssd_scan.md).
+SIZE_STEP = 16
+
 _BORDERS = "int[]? borders"
 
 
@@ -29,8 +33,42 @@ def ssd_scan_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, final state); see ssd_scan. y begins with `before`, (batch, any length, heads, head_dim)."""
     borders = None if cu_seqlens is None else list(cu_seqlens)
+    n, p = k.shape[-1], v.shape[-1]
+    if n % SIZE_STEP or p % SIZE_STEP:
+        q, k, v = (pad_columns(x) for x in (q, k, v))
+        before = None if before is None else pad_columns(before)
+        initial_state = None if initial_state is None else pad_state(initial_state)
     y, state, _ = ssd_scan_op(q, k, v, dt, A, D, initial_state, before, borders)
-    return y, state
+    return (y[..., :p], state[..., :n, :p]) if y.shape[-1] != p or state.shape[-2] != n else (y, state)
+
+
+def memory_converter_triton(
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the state after the prefix; see memory_converter."""
+    borders = None if cu_seqlens is None else list(cu_seqlens)
+    n, p = k.shape[-1], v.shape[-1]
+    if n % SIZE_STEP or p % SIZE_STEP:
+        k, v = pad_columns(k), pad_columns(v)
+        initial_state = None if initial_state is None else pad_state(initial_state)
+        return memory_converter_op(k, v, dt, A, initial_state, borders)[..., :n, :p]
+    return memory_converter_op(k, v, dt, A, initial_state, borders)
+
+
+def pad_columns(x: Tensor) -> Tensor:
+    """Zeros behind the last dimension, up to a size whose rows are aligned; they add nothing to any product."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % SIZE_STEP))
+
+
+def pad_state(x: Tensor) -> Tensor:
+    """The same for both dimensions of a state."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % SIZE_STEP, 0, -x.shape[-2] % SIZE_STEP))
 
 
 @torch.library.custom_op(
@@ -65,7 +103,7 @@ def _(
     before: Tensor | None,
     borders: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launches.shapes_of_scan(q, k, v, dt, initial_state, before, borders)
+    return launches.shapes_of_scan(q, k, v, dt, before, borders)
 
 
 @torch.library.custom_op(
