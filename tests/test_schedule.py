@@ -510,14 +510,14 @@ def test_partway_goes_from_attention_to_the_schedule() -> None:
     assert schedule.partway(256, 0) == [None] * 5
     assert schedule.partway(256, 1) == [0, 16, 200, None, None]
     halfway = schedule.partway(256, 0.5)
-    # P + 1 is the geometric mean: 257^0.5, (17 x 257)^0.5, (201 x 257)^0.5, each at the next of four lengths an octave.
-    assert halfway == [16, 80, None, None, None]
+    # P + 1 is the geometric mean: 257^0.5, (17 x 257)^0.5, (201 x 257)^0.5, each at the next of two lengths an octave.
+    assert halfway == [16, 96, None, None, None]
     heights = [[256 if entry is None else entry for entry in schedule.partway(256, share / 20)] for share in range(21)]
     assert all(a >= b for one, other in pairwise(heights) for a, b in zip(one, other, strict=True))
 
 
 def test_partway_takes_a_share_for_each_layer() -> None:
-    assert TransPointSchedule([0, 0, 0]).partway(64, [0, 1, 0.5]) == [None, 0, 7]
+    assert TransPointSchedule([0, 0, 0]).partway(64, [0, 1, 0.5]) == [None, 0, 8]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, [0.5], [0.5, 2.0]])

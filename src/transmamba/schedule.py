@@ -141,7 +141,7 @@ class TransPointSchedule(tuple[int | None, ...]):
     def partway(self, seq_len: int, share: float | Sequence[float]) -> Self:
         """The schedule this far on the way from attention throughout, at share 0, to this one, at share 1.
 
-        On the way, P + 1 moves by equal factors from `seq_len` + 1 to its place, and stands at the next of four lengths
+        On the way, P + 1 moves by equal factors from `seq_len` + 1 to its place, and stands at the next of two lengths
         to an octave, so that few lengths occur. A layer that never switches within `seq_len` is None throughout.
         share: between 0 and 1, one for all layers or one for each.
         """
@@ -155,7 +155,7 @@ class TransPointSchedule(tuple[int | None, ...]):
             if place is None or place >= seq_len or one == 1:
                 entries.append(place)
             else:
-                step = 1 << max(0, place.bit_length() - 3)
+                step = 1 << max(0, place.bit_length() - 2)
                 entries.append(-(-place // step) * step)
         return type(self)(entries).stays_attention_from(seq_len)
 
