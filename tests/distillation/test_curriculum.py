@@ -20,6 +20,11 @@ def test_without_a_descent_every_step_is_at_the_target() -> None:
     assert set(schedules(TransPointCurriculum())) == {TARGET}
 
 
+@pytest.mark.parametrize(("shares", "moves"), [({}, False), ({"descent": 0.1}, True), ({"freedom": 0.1}, True)])
+def test_a_curriculum_says_whether_it_moves(shares: dict[str, float], moves: bool) -> None:
+    assert TransPointCurriculum(**shares).moves == moves
+
+
 def test_trans_points_come_down_and_arrive() -> None:
     found = schedules(TransPointCurriculum(descent=0.5))
     heights = [[SEQ_LEN if entry is None else entry for entry in schedule] for schedule in found]

@@ -32,6 +32,11 @@ class TransPointCurriculum:
             if not 0 <= value <= 1:
                 raise RecipeError(f"{name}={value} must be between 0 and 1; it is a share of the steps.")
 
+    @property
+    def moves(self) -> bool:
+        """Whether any step may run at another schedule than the target."""
+        return self.descent > 0 or self.freedom > 0
+
     def schedule_at(
         self, step: int, num_steps: int, target: TransPointSchedule, seq_len: int, *, seed: int = 0
     ) -> TransPointSchedule:

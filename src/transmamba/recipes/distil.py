@@ -10,7 +10,7 @@ A run's folder holds
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from transmamba.errors import RecipeError
 from transmamba.inference import load_checkpoint, load_language_model, resolve_device
 from transmamba.models import TransMambaForCausalLM
 from transmamba.modules import SSM_PARAMETERS
+from transmamba.ops.softmax_attention.torch import without_cudnn
 from transmamba.recipes.distillation import AlignmentStage, DistillationRun, LogitStage
 from transmamba.recipes.fit import fit, validate
 from transmamba.recipes.run_folder import (
@@ -272,20 +273,21 @@ def _carry_out_stage(
             evaluates=plan.validation is not None,
             has_unused_parameters=True,
         )
-        fit(
-            student,
-            arguments,
-            train=plan.train,
-            validation=plan.validation,
-            evaluate_fn=lambda model, dataset: _validate_at(model, dataset, run, plan.target),
-            tokenizer=plan.tokenizer,
-            history=history,
-            checkpoint=checkpoint,
-            description=f"Stage {folder.name}",
-            keep_checkpoints=run.keep_checkpoints,
-            loss_fn=_objective(run, plan, stage, name, device),
-            callbacks=[MovingTransPoints(student, schedule_at)],
-        )
+        with without_cudnn(device) if curriculum.moves else nullcontext():
+            fit(
+                student,
+                arguments,
+                train=plan.train,
+                validation=plan.validation,
+                evaluate_fn=lambda model, dataset: _validate_at(model, dataset, run, plan.target),
+                tokenizer=plan.tokenizer,
+                history=history,
+                checkpoint=checkpoint,
+                description=f"Stage {folder.name}",
+                keep_checkpoints=run.keep_checkpoints,
+                loss_fn=_objective(run, plan, stage, name, device),
+                callbacks=[MovingTransPoints(student, schedule_at)],
+            )
     return history
 
 

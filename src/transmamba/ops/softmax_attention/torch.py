@@ -52,7 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: T
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, borders: tuple[int, ...]) -> Tensor:
     groups, inverse = _documents_by_length(borders, q.device, rounded=q.device.type != "cpu")
-    with _without_cudnn(q.device):
+    with without_cudnn(q.device):
         parts = [
             _attend(*(x[0][group] for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(0, 1) for group in groups
         ]
@@ -104,8 +104,8 @@ def _rounded_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def _without_cudnn(device: torch.device) -> AbstractContextManager[None]:
-    # cuDNN builds a plan per shape, which takes longer than attending to a document, and documents have many shapes.
+def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Within, attention on a GPU leaves cuDNN out, which plans anew for every shape; for where shapes are many."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
