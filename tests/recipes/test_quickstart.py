@@ -15,7 +15,7 @@ from transmamba.report import QuickstartReport, StudentMeasurements
 TOY = replace(
     quickstart.SMOKE,
     teacher_tokens=2048,
-    student_tokens=12_288,
+    student_tokens=5_120,
     seq_len=128,
     hidden_size=32,
     intermediate_size=32,

@@ -25,7 +25,6 @@ import torch
 from transmamba._version import __version__
 from transmamba.conversion import convert_checkpoint
 from transmamba.data import Documents, TextSource, load_documents, load_tokenizer, pack_documents
-from transmamba.distillation import TransPointCurriculum
 from transmamba.errors import RecipeError
 from transmamba.inference import continue_prompt, load_checkpoint, resolve_device
 from transmamba.progress import without_progress_bars
@@ -69,7 +68,7 @@ FULL = QuickstartSize(teacher_tokens=1_000_000, student_tokens=250_000)
 # Every step of it, for tests: the numbers mean nothing.
 SMOKE = QuickstartSize(
     teacher_tokens=8_192,
-    student_tokens=8_192,
+    student_tokens=10_240,
     eval_tokens=2_048,
     schedules=3,
     lengths=(64, 512),
@@ -196,16 +195,15 @@ def quickstart_student(
         teacher=teacher,
         student=student,
         seq_len=size.seq_len,
-        batch_size=8,
+        batch_size=4,
         max_tokens=size.student_tokens,
         mixers=replace(recipe.mixers, share=0.1),
         logits=replace(
             recipe.logits,
-            learning_rate=2e-3,
+            learning_rate=1.5e-3,
             ce_weight=0.0,
-            trans_point_schedule=TransPointCurriculum(descent=0.3, freedom=0.25),
         ),
-        log_every=2,
+        log_every=5,
         save_every=None,
         keep_checkpoints=1,
         dtype="float32",

@@ -161,7 +161,7 @@ class QuickstartReport:
         page = Page("TransMamba quickstart", subtitle=f"{self.date}, {format_seconds(self.seconds)}, {self.corpus}")
         findings = self.distilled.findings()
         page.finding(findings.headline)
-        page.points("Step by step", self.steps())
+        page.points("Steps", self.steps())
         headers, rows = self.summary()
         page.table(headers, rows, strong_rows=[len(rows) - 1], caption=_caption(self))
         for label, sentences in findings.groups:
@@ -177,39 +177,42 @@ class QuickstartReport:
         headers, rows = self.summary()
         print_rows(console, headers, rows)
         findings = self.distilled.findings()
-        print_points(console, findings.headline, [("Step by step", tuple(self.steps())), *findings.groups])
+        print_points(console, findings.headline, [("Steps", tuple(self.steps())), *findings.groups])
 
 
 def _trained(report: QuickstartReport) -> str:
     teacher = report.converted.teacher
     return (
-        f"A Transformer ({teacher.kind}, {format_count(teacher.num_parameters)} parameters) "
+        f"The teacher, a Transformer ({teacher.kind}, {format_count(teacher.num_parameters)} parameters), "
         f"{_learnt(report.training)}: {_loss(teacher.bits_per_byte)} bits per byte of unseen text."
     )
 
 
 def _converted(report: QuickstartReport) -> str:
-    own = report.converted.own
     return (
-        f"Converted to a TransMamba in which no layer switches, its logits differ by {report.difference:.2g} of the "
-        f"largest, and {as_percent(own.top1)} of its next tokens are the same."
+        "The student is that model converted to a TransMamba. While no layer switches, its logits differ from the "
+        f"teacher's by at most {report.difference:.2g} of the largest, and {_same(report.converted)}."
     )
 
 
 def _switched(report: QuickstartReport) -> str:
-    own = report.untrained.own
+    ratio = _ratio(report.untrained.own.perplexity_ratio)
     return (
-        f"Switched to {report.schedule} with nothing trained, its perplexity is {_ratio(own.perplexity_ratio)} the "
-        f"Transformer's, and {as_percent(own.top1)} of its next tokens are the same."
+        f"Switched to {report.schedule} with nothing trained, its perplexity is {ratio} the teacher's, and "
+        f"{_same(report.untrained)}."
     )
 
 
 def _distilled(report: QuickstartReport) -> str:
-    own = report.distilled.own
+    ratio = _ratio(report.distilled.own.perplexity_ratio)
     return (
-        f"Distilled, it {_learnt(report.distillation)}: its perplexity is {_ratio(own.perplexity_ratio)} the "
-        f"Transformer's, and {as_percent(own.top1)} of its next tokens are the same."
+        f"Distilled, it {_learnt(report.distillation)}: its perplexity is {ratio} the teacher's, and "
+        f"{_same(report.distilled)}."
     )
+
+
+def _same(measured: StudentMeasurements) -> str:
+    return f"{as_percent(measured.own.top1)} of its next tokens are the same"
 
 
 def _learnt(curve: LearningCurve) -> str:
