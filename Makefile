@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP)  ## train four small models, compare them, write runs/quickstart/report.html
+quickstart: $(STAMP)  ## train a small Transformer, convert it, distil it, write runs/quickstart/report.html
 	@$(BIN)/transmamba quickstart
 
 test: $(STAMP)  ## every test that is quick, on two cores

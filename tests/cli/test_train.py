@@ -46,6 +46,18 @@ def test_a_recipe_is_trained_and_summed_up(
     assert "resuming" in capsys.readouterr().err
 
 
+def test_a_llama_is_trained_too(
+    tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    arguments = ["train", recipe, "--output", str(tmp_path / "out"), "--device", "cpu", "--set", "schedule=transformer"]
+    assert main([*arguments, "--set", "model.architecture=llama"]) == 0
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    assert "TransPoints" not in out
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

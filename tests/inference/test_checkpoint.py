@@ -141,6 +141,11 @@ def test_other_models_come_with_their_tokenizer_too(tmp_path: Path, name: str, k
     assert torch.equal(model(token_ids(1, 9)).logits, exact(token_ids(1, 9)).logits)
 
 
+def test_a_run_may_hold_another_model(tmp_path: Path) -> None:
+    save_source(tiny_source("Llama"), tmp_path / "model")
+    assert isinstance(load_language_model(tmp_path)[0], LlamaForCausalLM)
+
+
 @pytest.mark.parametrize("part", [".", "model"])
 def test_our_own_models_are_loaded_by_the_same_function(folder: Path, part: str) -> None:
     model, _ = load_language_model(folder / part)

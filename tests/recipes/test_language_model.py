@@ -1,15 +1,19 @@
 """Runs: what they refuse, what they write, and every recipe at toy size."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from tests.conversion.checkpoints import tiny_source, tiny_tokenizer
 from tests.training.toy import toy_run, write_corpus
 from transmamba._version import __version__
-from transmamba.data import TextSource, load_tokenizer
+from transmamba.conversion import convert
+from transmamba.data import TextSource, load_documents, load_tokenizer, pack_documents
 from transmamba.errors import CheckpointError, CorpusError, InputError, RecipeError, ScheduleError, TransMambaError
 from transmamba.recipes import (
     RECIPES,
@@ -21,6 +25,7 @@ from transmamba.recipes import (
     validation_source,
 )
 from transmamba.schedule import TransPointSchedule
+from transmamba.training.trainer import causal_lm_loss, stack
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -114,6 +119,72 @@ def test_matching_the_shared_size_is_for_the_standard_form() -> None:
         ModelSettings(
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, match_shared_size=True
         )
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+LLAMA = ModelSettings(architecture="llama", num_key_value_heads=1, rope_theta=100.0, **SIZES)
+
+
+def test_a_llama_is_trained_scored_and_saved_as_transformers_has_it(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, model=LLAMA, schedule="transformer")
+    trained = train_language_model(run, device="cpu")
+    assert trained.num_parameters == trained.model.num_parameters()
+    assert trained.evaluation.loss < trained.history.training[0].loss - 0.5
+    model = AutoModelForCausalLM.from_pretrained(trained.model_folder)
+    assert isinstance(model, LlamaForCausalLM)
+    assert (model.config.num_key_value_heads, model.config.max_position_embeddings) == (1, 32)
+    assert model.config.rope_parameters["rope_theta"] == 100.0
+    assert model.config.use_cache
+    ids = torch.randint(257, (2, 20))
+    assert torch.equal(model(ids).logits, trained.model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(trained.model_folder).get_vocab() == trained.tokenizer.get_vocab()
+
+
+def test_a_llama_tells_documents_apart_as_our_transformer_does(tmp_path: Path) -> None:
+    """Its training loss on packed windows is that of what it converts to, which the matrix of executions covers."""
+    teacher = tiny_source("Llama")
+    student, _ = convert(teacher, initialisation="local")
+    windows = pack_documents(load_documents(toy_run(tmp_path).text).train, tiny_tokenizer(), 128)
+    batch = stack([windows[number] for number in range(8)])
+    assert (batch["position_ids"][:, 1:] == 0).any()
+    losses = [causal_lm_loss(model, batch)[0].item() for model in (teacher, student)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32, sums in another order
+    del batch["position_ids"]
+    assert abs(causal_lm_loss(teacher, batch)[0].item() / losses[0] - 1) > 1e-3
+
+
+def test_a_llama_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, model=LLAMA, schedule="transformer", max_steps=4, save_every=2)
+    whole = train_language_model(run, device="cpu")
+    shutil.rmtree(whole.folder / "checkpoint-4")
+    shutil.rmtree(whole.model_folder)
+    resumed = train_language_model(run, resume=True, device="cpu")
+    assert [row.loss for row in resumed.history.training] == [row.loss for row in whole.history.training]
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+    done = train_language_model(run, resume=True, device="cpu")
+    assert isinstance(done.model, LlamaForCausalLM)
+    assert done.evaluation == resumed.evaluation
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "gpt"}, "architecture='gpt' is unknown; choose one of transmamba, llama"),
+        ({"architecture": "llama", "conv_kernel": 0}, 'conv_kernel=0 is nothing that architecture="llama" has'),
+        ({"architecture": "llama", "mixer_form": "standard"}, "mixer_form='standard' is nothing"),
+        ({"architecture": "llama", "num_state_heads": 4}, "num_state_heads=4 is nothing"),
+    ],
+    ids=str,
+)
+def test_what_a_llama_does_not_have_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        ModelSettings(**SIZES | changes)
+
+
+def test_a_llama_cannot_switch(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="schedule='0,8,none' switches layers within 32 tokens, which a Llama cannot"):
+        toy_run(tmp_path, model=LLAMA)
 
 
 @pytest.mark.parametrize(

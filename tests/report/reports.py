@@ -1,46 +1,32 @@
-"""Made-up measurements from which the tests build reports."""
+"""Made-up measurements from which the tests build reports of a quickstart."""
 
 from dataclasses import replace
+from math import log
 
-from transmamba.report import CrossedSample, ModelRun, QuickstartReport
+from tests.report.student_reports import OWN, make_measurements
+from transmamba.report import CrossedSample, QuickstartReport, StudentMeasurements
 from transmamba.schedule import TransPointSchedule
 
-LENGTHS = (64, 256, 1024)
-SCHEDULES = {
-    "Transformer": [None] * 4,
-    "Mamba-2": [0] * 4,
-    "hybrid": [0, None, 0, None],
-    "V9": [0, 4, 64, None],
-}
+NONE = TransPointSchedule([None] * len(OWN))
 
 
-def make_run(name: str, *, bits_per_byte: float = 2.0, cache: int = 1000, decode: float = 50.0) -> ModelRun:
-    return ModelRun(
-        name=name,
-        trans_points=TransPointSchedule(SCHEDULES.get(name, [1, 2, 3, 4])),
-        mixer_form="shared" if name == "V9" else "standard",
-        num_parameters=1_234_567,
-        training_curve=((100, 0.5, 5.5), (1000, 5.0, 2.5), (2000, 61.0, 2.25)),
-        bits_per_byte=bits_per_byte,
-        nats_per_token=1.5,
-        loss_by_position=((1.0, 3.0), (8.0, 2.5), (64.0, 2.0)),
-        prefill=tuple((length, 100.0 * length) for length in LENGTHS),
-        decode=tuple((length, decode) for length in LENGTHS),
-        cache=tuple((length, cache * length) for length in LENGTHS),
-    )
+def at_ratio(ratio: float, *, own: TransPointSchedule = OWN, top1: float = 0.7) -> StudentMeasurements:
+    """A student whose perplexity is so many times its teacher's."""
+    return make_measurements(difference=log(ratio), own=own, top1=top1, others=() if own == NONE else (0.05, 0.0))
 
 
-def make_report(*runs: ModelRun, **changes: object) -> QuickstartReport:
-    runs = runs or tuple(make_run(name) for name in SCHEDULES)
+def make_report(**changes: object) -> QuickstartReport:
     report = QuickstartReport(
-        subject=runs[-1].name,
-        runs=runs,
-        samples=(
-            CrossedSample(model=runs[-1].name, prompt="Return the", pieces=((3, " first"), (4, " item"), (64, "."))),
-        ),
-        seq_len=256,
+        schedule="V9",
+        converted=at_ratio(1.0, own=NONE, top1=1.0),
+        untrained=at_ratio(1.5, top1=0.4),
+        distilled=at_ratio(1.125, top1=0.8),
+        difference=2.5e-7,
+        training=((100, 0.5, 5.5), (1000, 5.0, 2.5), (2000, 61.0, 2.25)),
+        distillation=((100, 1.5, 0.5), (500, 30.0, 0.125)),
+        samples=(CrossedSample(prompt="Return the", pieces=((3, " first"), (4, " item"), (64, "."))),),
         corpus="a corpus of 2 MB",
-        tokenizer="bytes",
+        settings={"tokenizer": "bytes"},
         versions={"python": "3.11.7", "torch": "2.13.0"},
         seed=17,
         command="transmamba quickstart --output runs/quickstart",

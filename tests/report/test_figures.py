@@ -18,7 +18,6 @@ from transmamba.report import (
     quality_by_schedule,
     recall_figure,
     schedule_figure,
-    schedules_figure,
     throughput_figure,
 )
 from transmamba.report.figures import ATTENTION_COLOUR, SSM_COLOUR
@@ -84,11 +83,6 @@ def test_v9_ticks_are_evenly_spaced() -> None:
 def test_many_trans_points_do_not_crowd_the_axis() -> None:
     figure = schedule_figure(TransPointSchedule(range(0, 640, 10)), 1000)
     assert len(figure.axes[0].get_xticks()) <= 16
-
-
-def test_several_schedules_get_a_panel_each() -> None:
-    figure = schedules_figure({name: TransPointSchedule(entries) for name, entries in SCHEDULES.items()}, 256)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(SCHEDULES)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +174,6 @@ def test_a_model_without_a_colour_is_named() -> None:
 def test_nothing_to_draw_is_an_error() -> None:
     with pytest.raises(InputError, match="no curve"):
         cache_figure({}, colours=COLOURS)
-    with pytest.raises(InputError, match="no schedule"):
-        schedules_figure({}, 256)
 
 
 def test_a_schedules_quality_is_drawn_against_its_teachers() -> None:

@@ -1,4 +1,4 @@
-"""The report says what the numbers say, whoever wins, and survives being written and read."""
+"""The report says what the numbers say, for any numbers, and survives being written and read."""
 
 import io
 import json
@@ -9,104 +9,98 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.report.reports import SCHEDULES, make_report, make_run
+from tests.report.reports import NONE, at_ratio, make_report
+from tests.report.student_reports import OWN, make_measurements, make_model
 from transmamba.errors import InputError
-from transmamba.report import CrossedSample, Mark, ModelRun, QuickstartReport
+from transmamba.report import CrossedSample, Mark, Page, QuickstartReport
 from transmamba.schedule import TransPointSchedule
 
 
-def findings(*runs: ModelRun) -> str:
-    return " ".join(make_report(*runs).findings())
+class TestSteps:
+    def test_each_step_has_its_numbers(self) -> None:
+        assert make_report().steps() == [
+            "The teacher, a Transformer (llama, 1 M parameters), read 2 k tokens in 1 min 1 s: 1.000 bits per byte of "
+            "unseen text.",
+            "The student is that model converted to a TransMamba. While no layer switches, its logits differ from the "
+            "teacher's by at most 2.5e-07 of the largest, and 100 % of its next tokens are the same.",
+            "Switched to V9 with nothing trained, its perplexity is 1.500 times the teacher's, and 40 % of its next "
+            "tokens are the same.",
+            "Distilled, it read 500 tokens in 30 s: its perplexity is 1.125 times the teacher's, and 80 % of its next "
+            "tokens are the same.",
+        ]
+
+    def test_a_distillation_that_did_harm_is_said(self) -> None:
+        _, _, before, after = make_report(distilled=at_ratio(20.0)).steps()
+        assert "1.500 times" in before
+        assert "20.00 times" in after
+
+    def test_a_student_better_than_its_teacher_is_said(self) -> None:
+        assert "0.900 times" in make_report(distilled=at_ratio(0.9)).steps()[-1]
+
+    def test_what_is_not_finite_is_said(self) -> None:
+        report = make_report(distilled=make_measurements(difference=nan), distillation=())
+        assert "Distilled, it was not trained: its perplexity is not finite" in report.steps()[-1]
+        assert "perplexity is not finite" in report.page().render()
 
 
-class TestFindings:
-    def test_the_winner_is_named_and_the_distance_given(self) -> None:
-        text = findings(
-            make_run("Transformer", bits_per_byte=2.5),
-            make_run("Mamba-2", bits_per_byte=2.0),
-            make_run("V9", bits_per_byte=1.9),
-        )
-        assert "After 2 k tokens each, V9 reaches the lowest validation loss: 1.900 bits per byte." in text
-        assert (
-            "The loss of V9 is 5.0 % below that of the best baseline, Mamba-2 (1.900 against 2.000; lower is better)."
-            in text
-        )
+class TestTable:
+    def test_there_is_a_row_for_every_model_the_student_becomes(self) -> None:
+        headers, rows = make_report().summary()
+        assert headers == [
+            "model",
+            "bits per byte",
+            "perplexity",
+            "same next token",
+            "KL",
+            "tokens/s at 512",
+            "cache at 512",
+        ]
+        assert rows == [
+            ["Transformer", "1.000", "20.09", "", "", "100", "512 kB"],
+            ["converted", "1.000", "20.09", "100 %", "0.000", "100", "256 kB"],
+            ["switched to V9", "1.135", "30.13", "40 %", "0.405", "100", "64 kB"],
+            ["distilled to V9", "1.039", "22.60", "80 %", "0.118", "100", "64 kB"],
+        ]
 
-    def test_a_loss_is_said_when_v9_loses(self) -> None:
-        text = findings(
-            make_run("Transformer", bits_per_byte=2.5),
-            make_run("Mamba-2", bits_per_byte=2.0),
-            make_run("V9", bits_per_byte=2.1),
-        )
-        assert "Mamba-2 reaches the lowest validation loss: 2.000" in text
-        assert "The loss of V9 is 5.0 % above that of the best baseline, Mamba-2 (2.100 against 2.000" in text
+    def test_only_lengths_that_both_were_timed_at_count(self) -> None:
+        short = make_model()
+        short = replace(short, speed=short.speed[:1])
+        headers, rows = make_report(distilled=make_measurements(teacher=short)).summary()
+        assert headers[-1] == "cache at 128"
+        assert rows[0][-1] == "128 kB"
 
-    def test_a_tie_names_both(self) -> None:
-        text = findings(
-            make_run("Transformer", bits_per_byte=2.5),
-            make_run("Mamba-2", bits_per_byte=2.0),
-            make_run("V9", bits_per_byte=2.0),
-        )
-        assert "Mamba-2 and V9 reach the lowest validation loss: 2.000" in text
-        assert "The loss of V9 is equal to that of the best baseline" in text
+    def test_without_speed_its_cells_are_empty(self) -> None:
+        measured = {
+            name: make_measurements(teacher=replace(make_model(), speed=()), own=own, others=())
+            for name, own in (("converted", NONE), ("untrained", OWN), ("distilled", OWN))
+        }
+        headers, rows = make_report(**measured).summary()
+        assert headers[-2:] == ["tokens/s", "cache"]
+        assert {tuple(row[-2:]) for row in rows} == {("", "")}
 
-    def test_a_run_that_diverged_is_said_and_does_not_win(self) -> None:
-        text = findings(make_run("Transformer", bits_per_byte=nan), make_run("V9", bits_per_byte=2.0))
-        assert "Transformer has no finite validation loss: its training diverged." in text
-        assert "V9 reaches the lowest validation loss: 2.000" in text
-        assert "best baseline" not in text
+    def test_rounding_below_zero_is_zero(self) -> None:
+        measured = at_ratio(1.0, own=NONE)
+        same = replace(measured, schedules=(replace(measured.own, kl=-2e-10),))
+        assert make_report(converted=same).summary()[1][1][4] == "0.000"
 
-    def test_nothing_is_claimed_when_v9_diverged(self) -> None:
-        text = findings(make_run("Transformer"), make_run("V9", bits_per_byte=inf))
-        assert "V9 has no finite validation loss" in text
-        assert "The loss of V9" not in text
-
-    def test_all_may_diverge(self) -> None:
-        text = findings(make_run("Transformer", bits_per_byte=nan), make_run("V9", bits_per_byte=nan))
-        assert "lowest" not in text
-        assert text.count("diverged") == 2
-
-    def test_one_run_alone_is_compared_with_nothing(self) -> None:
-        text = findings(make_run("V9", bits_per_byte=1.5))
-        assert text == "After 2 k tokens, V9 reaches a validation loss of 1.500 bits per byte."
-
-    def test_unequal_training_is_not_called_equal(self) -> None:
-        shorter = replace(make_run("Transformer"), training_curve=((1000, 1.0, 3.0),))
-        assert "After 1 k to 2 k tokens, " in findings(shorter, make_run("V9"))
-
-    @pytest.mark.parametrize(
-        ("ours", "words"),
-        [
-            (250, "takes 256 kB, 25 % of what Transformer needs (1.02 MB)"),
-            (12, "takes 12.3 kB, 1.2 % of what Transformer needs (1.02 MB)"),
-            (1000, "takes 1.02 MB, as much as that of Transformer"),
-            (1500, "takes 1.54 MB, 1.50 times what Transformer needs (1.02 MB)"),
-        ],
-    )
-    def test_the_cache_is_compared_with_the_transformer(self, ours: int, words: str) -> None:
-        text = findings(make_run("Mamba-2", cache=1), make_run("Transformer", cache=1000), make_run("V9", cache=ours))
-        assert f"At 1,024 tokens of context the cache of V9 {words}." in text
-
-    @pytest.mark.parametrize(("ours", "times"), [(100.0, "2.00"), (25.0, "0.50")])
-    def test_decoding_is_compared_with_the_transformer(self, ours: float, times: str) -> None:
-        text = findings(make_run("Transformer", decode=50.0), make_run("V9", decode=ours))
-        assert f"V9 generates {ours:.0f} tokens per second, {times} times as many as Transformer (50)." in text
-
-    def test_only_lengths_that_both_were_measured_at_are_compared(self) -> None:
-        short = replace(make_run("Transformer"), cache=((64, 100), (256, 400)), decode=())
-        text = findings(short, make_run("V9", cache=1))
-        assert "At 256 tokens of context the cache of V9 takes 256 B, 64 % of what Transformer needs (400 B)." in text
-        assert "generates" not in text
-
-    def test_without_a_transformer_the_first_baseline_is_the_rival(self) -> None:
-        assert "what hybrid needs" in findings(make_run("hybrid"), make_run("Mamba-2"), make_run("V9", cache=10))
+    def test_it_is_printed_with_the_findings(self) -> None:
+        stream = io.StringIO()
+        report = make_report()
+        report.print_table(Console(file=stream, width=200))
+        printed = stream.getvalue()
+        for row in report.summary()[1]:
+            assert f"\n{row[0]} " in printed
+        findings = report.distilled.findings()
+        for sentence in (findings.headline, *report.steps(), *findings.costs):
+            assert sentence in printed
+        assert printed.index("Steps") < printed.index("It costs")
 
 
 class TestSample:
     SCHEDULE = TransPointSchedule([0, 2, 4, 6, 6, None])
 
     def test_marks_stand_before_the_token_that_switches(self) -> None:
-        sample = CrossedSample(model="m", prompt="p", pieces=((3, "a"), (4, "b"), (6, "c")))
+        sample = CrossedSample(prompt="p", pieces=((3, "a"), (4, "b"), (6, "c")))
         assert sample.marked(self.SCHEDULE) == [
             "a",
             Mark("token 4: 3 of 6 layers are SSM now"),
@@ -116,27 +110,25 @@ class TestSample:
         ]
         assert sample.crossed_in_prompt(self.SCHEDULE) == [2]
 
-    def test_a_switch_at_the_first_generated_token_is_marked(self) -> None:
-        sample = CrossedSample(model="m", prompt="p", pieces=((4, "b"), (5, "c")))
+    def test_a_switch_at_the_first_written_token_is_marked(self) -> None:
+        sample = CrossedSample(prompt="p", pieces=((4, "b"), (5, "c")))
         assert sample.marked(self.SCHEDULE)[0] == Mark("token 4: 3 of 6 layers are SSM now")
         assert sample.crossed_in_prompt(self.SCHEDULE) == [2]
 
     def test_every_trans_point_is_marked_or_in_the_prompt_or_ahead(self) -> None:
         for start in range(1, 9):
-            sample = CrossedSample(
-                model="m", prompt="p", pieces=tuple((position, "x") for position in range(start, 10))
-            )
+            sample = CrossedSample(prompt="p", pieces=tuple((position, "x") for position in range(start, 10)))
             marked = [part for part in sample.marked(self.SCHEDULE) if isinstance(part, Mark)]
             assert len(marked) + len(sample.crossed_in_prompt(self.SCHEDULE)) == 3
 
     def test_the_text_is_kept_whole(self) -> None:
-        sample = CrossedSample(model="m", prompt="p", pieces=((3, "a "), (4, "b\n"), (9, "c")))
+        sample = CrossedSample(prompt="p", pieces=((3, "a "), (4, "b\n"), (9, "c")))
         assert "".join(part for part in sample.marked(self.SCHEDULE) if isinstance(part, str)) == "a b\nc"
 
     @pytest.mark.parametrize("pieces", [(), ((3, "a"), (3, "b")), ((4, "a"), (3, "b")), ((-1, "a"),)])
     def test_positions_must_increase(self, pieces: tuple) -> None:
         with pytest.raises(InputError):
-            CrossedSample(model="m", prompt="p", pieces=pieces)
+            CrossedSample(prompt="p", pieces=pieces)
 
 
 class TestReport:
@@ -144,37 +136,58 @@ class TestReport:
         report = make_report()
         again = QuickstartReport.from_json(report.to_json())
         assert again == report
-        assert all(isinstance(run.trans_points, TransPointSchedule) for run in again.runs)
+        assert isinstance(again.distilled.own.trans_points, TransPointSchedule)
 
     def test_json_is_plain(self) -> None:
         content = json.loads(make_report().to_json())
-        assert content["runs"][3]["trans_points"] == [0, 4, 64, None]
+        assert content["distilled"]["schedules"][0]["trans_points"] == [0, 4, 64, 256]
         assert content["versions"] == {"python": "3.11.7", "torch": "2.13.0"}
 
-    def test_losses_that_are_not_finite_survive_as_such(self) -> None:
-        run = replace(make_run("V9", bits_per_byte=nan), training_curve=((1, 0.1, 5.0), (2, 0.2, inf)))
-        text = make_report(run).to_json()
+    def test_numbers_that_are_not_finite_survive_as_such(self) -> None:
+        report = make_report(
+            difference=nan,
+            training=((1, 0.1, 5.0), (2, 0.2, inf)),
+            distilled=make_measurements(difference=nan),
+        )
+        text = report.to_json()
         assert "NaN" not in text
         assert "Infinity" not in text
-        again = QuickstartReport.from_json(text).runs[0]
-        assert isnan(again.bits_per_byte)
-        assert isnan(again.training_curve[1][2])
-        assert again.trans_points == [0, 4, 64, None]
+        again = QuickstartReport.from_json(text)
+        assert isnan(again.difference)
+        assert isnan(again.training[1][2])
+        assert isnan(again.distilled.student.nats_per_token)
+        assert again.distilled.own.trans_points == OWN
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": []}', "{"])
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"converted": []}', "{"])
     def test_what_is_no_report_is_refused(self, text: str) -> None:
         with pytest.raises(InputError, match="not the JSON of a quickstart report"):
             QuickstartReport.from_json(text)
 
     def test_the_page_opens_with_the_findings_and_holds_everything(self, tmp_path: Path) -> None:
-        report = make_report(make_run("Transformer"), make_run("Mamba-2"), make_run("V9", bits_per_byte=1.75))
+        report = make_report()
         html = report.write_html(tmp_path / "report.html").read_text(encoding="utf-8").replace("&nbsp;", " ")
-        places = [html.index(sentence) for sentence in report.findings()]
+        findings = report.distilled.findings()
+        places = [html.index(text) for text in (findings.headline.split("'")[0], "read 2 k tokens", "<table>", "Kept")]
         assert places == sorted(places)
-        assert places[-1] < html.index("<table>") < html.index("<figure>")
-        assert html.count("<figure>") == 7
-        for detail in ("a corpus of 2 MB", "2.13.0", report.command, "17", "1.750", "0, 4, 64, none", "Return the"):
+        assert html.index("It costs") < html.index("<figure>")
+        assert html.count("<figure>") == 2 + student_sections(report).count("<figure>")
+        for section in ("Learning", "Quality against schedule", "Recall", "Speed and memory", "Text"):
+            assert f"<h2>{section}</h2>" in html
+        for detail in ("a corpus of 2 MB", "2.13.0", report.command, "17", "1.039", "0, 4, 64, 256", "Return the"):
             assert detail in html
+
+    def test_recall_at_which_both_guess_is_said_and_not_drawn(self) -> None:
+        guessing = make_measurements(teacher=make_model(needle=0.12, book=0.13), needle=0.1, book=0.1)
+        html = make_report(distilled=guessing).page().render()
+        assert "<h2>Recall</h2>" not in html
+        assert html.count("neither model does better than guessing") == 2
+
+    def test_only_the_task_with_something_to_show_is_drawn(self) -> None:
+        one = make_measurements(teacher=make_model(book=0.13), book=0.1)
+        html = make_report(distilled=one).page().render()
+        assert "<h2>Recall</h2>" in html
+        assert "<td>needle</td>" in html
+        assert "<td>phone-book</td>" not in html
 
     def test_the_sample_is_marked_where_layers_switch(self) -> None:
         html = make_report().page().render()
@@ -183,49 +196,25 @@ class TestReport:
         assert '<span class="mark">token 64: 3 of 4 layers are SSM now</span>.' in html
 
     def test_what_was_not_measured_is_left_out(self) -> None:
-        bare = replace(make_run("V9"), training_curve=(), loss_by_position=(), prefill=(), decode=(), cache=())
-        report = make_report(bare, samples=())
-        html = report.page().render()
-        assert html.count("<figure>") == 2
+        html = make_report(training=(), distillation=(), samples=()).page().render()
         assert "<h2>Text</h2>" not in html
-
-    def test_a_page_of_diverged_runs_can_be_drawn(self) -> None:
-        runs = [replace(make_run(name, bits_per_byte=nan), training_curve=((1, 0.1, nan),)) for name in SCHEDULES]
-        assert make_report(*runs).page().render().count("its training diverged") == 4
-
-    def test_the_table_has_a_row_per_model_and_the_findings(self) -> None:
-        stream = io.StringIO()
-        report = make_report()
-        report.print_table(Console(file=stream, width=200))
-        printed = stream.getvalue()
-        for run in report.runs:
-            assert f"\n{run.name} " in printed
-        assert "1.23 M" in printed
-        assert "1 min 1 s" in printed
-        for sentence in report.findings():
-            assert sentence in printed
-
-    def test_names_in_brackets_are_printed_as_they_are(self) -> None:
-        stream = io.StringIO()
-        make_report(make_run("V9 [red]")).print_table(Console(file=stream, width=200))
-        assert stream.getvalue().count("V9 [red]") == 2
+        assert html.count("<figure>") == student_sections(make_report()).count("<figure>")
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"subject": "V8"}, "The subject is 'V8'"),
-            ({"samples": (CrossedSample(model="V8", prompt="", pieces=((0, "a"),)),)}, "The model of a sample is 'V8'"),
-            ({"runs": (make_run("V9"), make_run("V9"))}, "names of their own"),
+            ({"converted": at_ratio(1.0)}, "converted has the TransPoints 0,4,64,256; they must all be none"),
+            ({"untrained": at_ratio(1.5, own=TransPointSchedule([0, 4, 64, 128]))}, "distilled 0,4,64,256; they must"),
+            ({"training": ((1, 2.0),)}, "training has the row"),
         ],
     )
-    def test_names_must_fit_together(self, change: dict, message: str) -> None:
+    def test_what_does_not_fit_together_is_refused(self, change: dict, message: str) -> None:
         with pytest.raises(InputError, match=message):
             make_report(**change)
 
-    def test_rows_of_the_wrong_width_are_refused(self) -> None:
-        with pytest.raises(InputError, match="decode of 'V9' has the row"):
-            replace(make_run("V9"), decode=((1, 2.0, 3.0),))
 
-    def test_a_mixer_form_must_be_known(self) -> None:
-        with pytest.raises(InputError, match="mixer_form='plain'"):
-            replace(make_run("V9"), mixer_form="plain")
+def student_sections(report: QuickstartReport) -> str:
+    """The sections that a report on the student alone has."""
+    page = Page("")
+    report.distilled.add_to(page)
+    return page.render()

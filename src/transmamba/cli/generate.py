@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/v9/model.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/student/model.")],
     prompt: Annotated[str, typer.Option(help="The text to continue; empty starts a new document.")] = "",
     trans_points: Annotated[
         str | None,

@@ -18,7 +18,7 @@ from transmamba._version import __version__
 from transmamba.cli._errors import INTERRUPTED, MENDABLE, USAGE, report_interrupt, report_mistake, report_usage
 
 VERBS = {
-    "quickstart": "Train four small models on what ships with Python, compare them, write a report.",
+    "quickstart": "Train a small Transformer on what ships with Python, convert and distil it, write a report.",
     "train": "Train a language model from a recipe.",
     "generate": "Continue a prompt.",
     "evaluate": "Measure the loss per byte of a model and the loss by position, or its scores on tasks.",

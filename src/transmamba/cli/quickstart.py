@@ -1,4 +1,4 @@
-"""transmamba quickstart: four small models on what ships with Python, compared in a table and a page."""
+"""transmamba quickstart: a small Transformer is trained, converted and distilled; a table and a page say what came."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def quickstart(
         bool, typer.Option("--smoke", help="Every step at a size where the numbers mean nothing.")
     ] = False,
 ) -> None:
-    """Train four small models on Python's documentation, compare them, write report.html."""
+    """Train a small Transformer on Python's documentation, convert it, distil it to V9, write report.html."""
     from rich.console import Console
 
     from transmamba.recipes.quickstart import FULL, SMOKE, run_quickstart
@@ -26,4 +26,4 @@ def quickstart(
     console.print()
     report.print_table(console)
     console.print(f"\nReport: {(output / 'report.html').resolve().as_uri()}", soft_wrap=True)
-    console.print(f'Write with it: transmamba generate {output / "v9"} --prompt "The argument"', soft_wrap=True)
+    console.print(f'Write with it: transmamba generate {output / "student"} --prompt "The argument"', soft_wrap=True)

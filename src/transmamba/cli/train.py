@@ -53,7 +53,8 @@ def _print_summary(console: "Console", trained: "TrainedModel") -> None:
     table = Table(title=trained.run.name, show_header=False, title_justify="left")
     last = trained.history.training[-1] if trained.history.training else None
     table.add_row("parameters", f"{trained.num_parameters:,}")
-    table.add_row("TransPoints", str(trained.model.config.schedule))
+    if trained.model.config.model_type == "transmamba":
+        table.add_row("TransPoints", str(trained.model.config.schedule))
     if last is not None:
         table.add_row("training", f"{last.step:,} steps, {last.tokens:,} tokens, {last.seconds:,.0f} s")
         table.add_row("speed", f"{last.tokens / last.seconds:,.0f} tokens/s" if last.seconds else "not measured")

@@ -75,9 +75,7 @@ def load_language_model(
         CheckpointError: there is none, it is incomplete, damaged, or no causal language model.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        return load_checkpoint(path, device=device, dtype=dtype)  # the folder of a run, or nothing, which is then said
-    folder = find_folder(source)
+    folder = _model_folder(path) if path.is_dir() else find_folder(source)
     if read_json(folder / "config.json").get("model_type") == TransMambaConfig.model_type:
         return load_checkpoint(folder, device=device, dtype=dtype)
     config = _read_any_config(folder)

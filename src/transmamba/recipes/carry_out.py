@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from transmamba.data import PackedDataset, TextSource, load_documents, load_tokenizer, pack_documents
 from transmamba.errors import RecipeError
-from transmamba.inference.checkpoint import load_checkpoint
+from transmamba.inference.checkpoint import load_language_model
 from transmamba.inference.device import resolve_device
-from transmamba.models import TransMambaConfig, TransMambaForCausalLM
+from transmamba.models import TransMambaConfig
 from transmamba.recipes.fields import from_json
 from transmamba.recipes.fit import fit, validate
 from transmamba.recipes.language_model import LanguageModelRun
@@ -34,7 +34,7 @@ from transmamba.recipes.run_folder import (
     read_record,
     save_model,
 )
-from transmamba.recipes.sizes import count_parameters
+from transmamba.recipes.sizes import count_parameters, new_model
 from transmamba.recipes.training_run import is_main_process
 from transmamba.tasks import Evaluation, evaluate_language_model
 from transmamba.training import TrainingHistory, last_complete_checkpoint
@@ -54,7 +54,7 @@ class TrainedModel:
 
     run: LanguageModelRun
     folder: Path
-    model: TransMambaForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     history: TrainingHistory
     evaluation: Evaluation | None
@@ -92,7 +92,7 @@ def train_language_model(
         write_atomically(folder / RUN_FILE, json.dumps(_record(run, plan, chosen.type), indent=2) + "\n")
     history = TrainingHistory(folder if is_main_process() else None, resume_step=step)
     if checkpoint is not None and step >= plan.num_steps:
-        model, _ = load_checkpoint(checkpoint, device=chosen)
+        model, _ = load_language_model(checkpoint, device=chosen)
     else:
         model = _train(run, plan, chosen.type, folder, history, checkpoint, description or run.name)
     evaluation = None
@@ -143,7 +143,7 @@ class _Plan:
     tokenizer: PreTrainedTokenizerFast
     train: PackedDataset
     validation: PackedDataset | None
-    config: TransMambaConfig
+    config: TransMambaConfig | LlamaConfig
     num_parameters: int
     num_steps: int
 
@@ -175,10 +175,14 @@ def _train(
     history: TrainingHistory,
     checkpoint: Path | None,
     description: str,
-) -> TransMambaForCausalLM:
+) -> PreTrainedModel:
     set_seed(run.seed)
     # Layers that never run a mode have parameters without gradients, which DistributedDataParallel must be told.
-    unused = plan.config.mixer_form == "shared" and (None in plan.config.trans_points or plan.config.mode_norm)
+    unused = (
+        isinstance(plan.config, TransMambaConfig)
+        and plan.config.mixer_form == "shared"
+        and (None in plan.config.trans_points or plan.config.mode_norm)
+    )
     arguments = run.training_arguments(
         folder,
         device,
@@ -190,7 +194,7 @@ def _train(
         has_unused_parameters=unused,
     )
     return fit(
-        TransMambaForCausalLM(plan.config),
+        new_model(plan.config),
         arguments,
         train=plan.train,
         validation=plan.validation,

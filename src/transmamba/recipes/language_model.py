@@ -1,9 +1,10 @@
 """A whole run that trains a language model: everything that decides what comes out of it."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from transmamba.data import TextSource
 from transmamba.errors import RecipeError
@@ -14,11 +15,16 @@ from transmamba.schedule import TransPointSchedule
 
 __all__ = ["LanguageModelRun", "ModelSettings"]
 
+ARCHITECTURES = ("transmamba", "llama")
+OF_LLAMA = ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings")  # that have a default here
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
     """The sizes and choices of TransMambaConfig that a recipe decides; the rest follows from the data and the run.
 
+    architecture: "llama" trains transformers' own Llama, a Transformer for `transmamba convert` to start from; what a
+        Llama does not have keeps its default then.
     match_shared_size: for the standard form. Change intermediate_size until the model has as many parameters as its
         shared form, so that baselines compare at one size.
     """
@@ -27,6 +33,7 @@ class ModelSettings:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
+    architecture: str = "transmamba"
     num_key_value_heads: int | None = None
     num_state_heads: int | None = None
     head_dim: int | None = None
@@ -39,6 +46,12 @@ class ModelSettings:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise RecipeError(
+                f"architecture={self.architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}."
+            )
+        if self.architecture == "llama":
+            _check_llama(self)
         if self.match_shared_size and self.mixer_form != "standard":
             raise RecipeError(
                 f'match_shared_size=True is for mixer_form="standard"; {self.mixer_form!r} has that size already. '
@@ -91,19 +104,21 @@ class LanguageModelRun(TrainingRun):
         schedule.check_num_layers(layers)
         return schedule
 
-    def model_config(self, tokenizer: PreTrainedTokenizerFast) -> TransMambaConfig:
+    def model_config(self, tokenizer: PreTrainedTokenizerFast) -> TransMambaConfig | LlamaConfig:
         """The configuration of the model that this run trains."""
         settings = asdict(self.model)
-        match_shared_size, rope_theta = settings.pop("match_shared_size"), settings.pop("rope_theta")
+        architecture, match_shared_size = settings.pop("architecture"), settings.pop("match_shared_size")
         settings |= {
             "vocab_size": len(tokenizer),
             "max_position_embeddings": self.seq_len,
-            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-            "trans_points": self.trained_schedule.to_list(),
+            "rope_parameters": {"rope_type": "default", "rope_theta": settings.pop("rope_theta")},
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
+        if architecture == "llama":
+            return LlamaConfig(**{name: value for name, value in settings.items() if name not in _absent_in_llama()})
+        settings["trans_points"] = self.trained_schedule.to_list()
         config = TransMambaConfig(**settings)
         if match_shared_size:
             return match_parameters(config, count_parameters(TransMambaConfig(**settings | {"mixer_form": "shared"})))
@@ -117,6 +132,22 @@ class LanguageModelRun(TrainingRun):
             return math.ceil(self.max_tokens / self.tokens_per_step)
         assert self.epochs is not None
         return max(1, round(self.epochs * num_windows / self.batch_size))
+
+
+def _absent_in_llama() -> dict[str, Any]:
+    """The fields that mean nothing to a Llama, with their defaults."""
+    sizes = ("architecture", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {entry.name: entry.default for entry in fields(ModelSettings) if entry.name not in (*sizes, *OF_LLAMA)}
+
+
+def _check_llama(settings: ModelSettings) -> None:
+    for name, default in _absent_in_llama().items():
+        value = getattr(settings, name)
+        if value != default:
+            raise RecipeError(
+                f'{name}={value!r} is nothing that architecture="llama" has; leave it out, or set the architecture to '
+                '"transmamba".'
+            )
 
 
 def _check_run(run: LanguageModelRun) -> None:
@@ -138,4 +169,9 @@ def _check_run(run: LanguageModelRun) -> None:
     check_learning_rate("learning_rate", run.learning_rate)
     if not 0 <= run.warmup_steps < math.inf:
         raise RecipeError(f"warmup_steps={run.warmup_steps} must be at least 0.")
-    assert run.trained_schedule  # raises ScheduleError unless it can be read and fits the layers
+    trained = run.trained_schedule  # raises ScheduleError unless it can be read and fits the layers
+    if run.model.architecture == "llama" and set(trained) != {None}:
+        raise RecipeError(
+            f"schedule={run.schedule!r} switches layers within {run.seq_len} tokens, which a Llama cannot; set "
+            'schedule="transformer", and convert the trained model to one that can.'
+        )

@@ -1,10 +1,12 @@
-"""The quickstart: four models of one size learn Python's documentation, then are compared in a report.
+"""The quickstart: a small Transformer learns Python's documentation, is converted, and distilled to V9.
 
-The baselines are in their standard form, with as many parameters as TransMamba V9. All see the same tokens in the same
-order. A folder of a quickstart holds
+Everything that a user would do with a checkpoint of their own, with the same functions: `train_language_model`,
+`convert_checkpoint`, `distil`, `measure_student`. A folder of a quickstart holds
     report.html     the page to look at; report.json its numbers
     corpus/         the documents, and the tokenizer trained on them
-    <model>/        the run of each model: run.json, history.jsonl, checkpoint-*/, model/
+    teacher/        the run of the Transformer, a Llama of transformers
+    converted/      the TransMamba that `transmamba convert` makes of it, with conversion.json
+    student/        the run of its distillation
 """
 
 import json
@@ -13,29 +15,29 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from transmamba._version import __version__
-from transmamba.data import Documents, TextSource, load_documents, load_tokenizer
+from transmamba.conversion import convert_checkpoint
+from transmamba.data import Documents, TextSource, load_documents, load_tokenizer, pack_documents
 from transmamba.errors import RecipeError
-from transmamba.inference import continue_prompt, measure_speed, resolve_device
+from transmamba.inference import continue_prompt, load_checkpoint, resolve_device
 from transmamba.progress import without_progress_bars
 from transmamba.recipes.carry_out import TrainedModel, train_language_model
+from transmamba.recipes.distil import DistilledModel, distil
+from transmamba.recipes.distillation import DistillationRun, descend
 from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
-from transmamba.report import CrossedSample, ModelRun, QuickstartReport
+from transmamba.recipes.student_report import ReportSettings, measure_student
+from transmamba.report import CrossedSample, QuickstartReport, StudentMeasurements
 
-__all__ = ["QuickstartSize", "run_quickstart"]
+__all__ = ["QuickstartSize", "quickstart_student", "quickstart_teacher", "run_quickstart"]
 
-SUBJECT = "TransMamba V9"
-MODELS = {  # name: (schedule, form, learning rate: the best of those tried for each, docs/log.md)
-    "Transformer": ("transformer", "standard", 2e-3),
-    "Mamba-2": ("mamba2", "standard", 8e-3),
-    "Layer hybrid 1:1": ("hybrid-1-1", "standard", 2e-3),
-    SUBJECT: ("v9", "shared", 2e-3),
-}
+SCHEDULE = "v9"
 PROMPTS = ("The file object returned by this method", "If an exception is raised,")
 MARKER = ".transmamba-quickstart"
 
@@ -44,30 +46,42 @@ MARKER = ".transmamba-quickstart"
 class QuickstartSize:
     """How much the quickstart does.
 
-    tokens: read by each model in training. lengths: contexts at which speed is measured.
+    teacher_tokens, student_tokens: read in training and in distillation. eval_tokens: of the validation documents, None
+    = all. lengths: contexts at which speed is measured. recall_prompts: per task and context.
     """
 
-    tokens: int
+    teacher_tokens: int
+    student_tokens: int
     seq_len: int = 256
     hidden_size: int = 128
-    intermediate_size: int = 192
+    intermediate_size: int = 320
     num_hidden_layers: int = 8
     vocab_size: int = 2048
+    eval_tokens: int | None = 32_768
+    schedules: int = 5
     lengths: tuple[int, ...] = (256, 1024, 4096)
+    recall_prompts: int = 20
     new_tokens: int = 240
 
 
-FULL = QuickstartSize(tokens=260_000)
+FULL = QuickstartSize(teacher_tokens=1_000_000, student_tokens=250_000)
+# Every step of it, for tests: the numbers mean nothing.
 SMOKE = QuickstartSize(
-    tokens=8_192, lengths=(64, 512), new_tokens=80
-)  # every step of it, for tests: the numbers mean nothing
+    teacher_tokens=8_192,
+    student_tokens=10_240,
+    eval_tokens=2_048,
+    schedules=3,
+    lengths=(64, 512),
+    recall_prompts=1,
+    new_tokens=80,
+)
 
 
 def run_quickstart(
     output: Path, *, size: QuickstartSize = FULL, seed: int = 0, device: str = "cpu"
 ) -> QuickstartReport:
-    """Train, measure and compare; write everything into `output`, which must be new or an earlier quickstart's (then
-    replaced).
+    """Train, convert, distil and measure; write everything into `output`, which must be new or an earlier quickstart's
+    (then replaced).
 
     Two runs with one seed on one CPU give the same losses.
 
@@ -75,7 +89,7 @@ def run_quickstart(
         RecipeError: the folder holds something else.
     """
     began = time.monotonic()
-    resolve_device(device)
+    chosen = resolve_device(device)
     _claim_folder(output)
     corpus = output / "corpus"
     documents = load_documents(TextSource(source="builtin:python-docs"))
@@ -83,34 +97,46 @@ def run_quickstart(
     tokenizer = load_tokenizer(f"train:{size.vocab_size}", documents.train)
     tokenizer.save_pretrained(corpus / "tokenizer")
 
-    trained = {}
     with without_progress_bars():
-        for name, (schedule, form, learning_rate) in MODELS.items():
-            run = quickstart_run(
-                size,
-                source,
-                str(corpus / "tokenizer"),
-                schedule=schedule,
-                form=form,
-                learning_rate=learning_rate,
-                seed=seed,
-                output=str(output / schedule),
-            )
-            trained[name] = train_language_model(run, device=device, description=name)
-    runs = tuple(_measured(name, model, size, seed) for name, model in trained.items())
-    samples = tuple(_sample(trained[SUBJECT], prompt, size, seed + number) for number, prompt in enumerate(PROMPTS))
+        run = quickstart_teacher(size, source, str(corpus / "tokenizer"), seed=seed, output=str(output / "teacher"))
+        teacher = train_language_model(run, device=device, description="Transformer")
+        torch.manual_seed(seed)  # the conversion is checked on random tokens
+        conversion = convert_checkpoint(
+            teacher.model_folder,
+            output / "converted",
+            schedule=SCHEDULE,
+            seq_len=size.seq_len,
+            texts=documents.train,
+            device=chosen,
+        )
+        distillation = quickstart_student(
+            size,
+            source,
+            teacher=str(teacher.model_folder),
+            student=str(conversion.folder),
+            seed=seed,
+            output=str(output / "student"),
+        )
+        student = distil(distillation, device=device)
+    converted, untrained, distilled = _measured(
+        teacher, conversion.folder, student, documents.validation, size, seed, chosen
+    )
     report = QuickstartReport(
-        subject=SUBJECT,
-        runs=runs,
-        samples=samples,
-        seq_len=size.seq_len,
+        schedule=SCHEDULE.upper(),
+        converted=converted,
+        untrained=untrained,
+        distilled=distilled,
+        difference=conversion.difference,
+        training=tuple((row.tokens, row.seconds, row.loss) for row in teacher.history.training),
+        distillation=_distillation_curve(student),
+        samples=tuple(_sample(student, prompt, size, seed + number) for number, prompt in enumerate(PROMPTS)),
         corpus=_describe(documents),
-        tokenizer=f"byte-level BPE of {len(tokenizer):,} entries, trained on the training documents",
+        settings=_settings(size, run, distillation, conversion.plan.initialisation),
         versions={
             "transmamba": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
-            "machine": f"{platform.machine()}, {trained[SUBJECT].model.device}",
+            "machine": f"{platform.machine()}, {chosen.type}, {torch.get_num_threads()} threads",
         },
         seed=seed,
         command=shlex.join(["transmamba", *sys.argv[1:]]),
@@ -122,37 +148,63 @@ def run_quickstart(
     return report
 
 
-def quickstart_run(
-    size: QuickstartSize,
-    source: TextSource,
-    tokenizer: str,
-    *,
-    schedule: str,
-    form: str,
-    learning_rate: float,
-    seed: int,
-    output: str,
+def quickstart_teacher(
+    size: QuickstartSize, source: TextSource, tokenizer: str, *, seed: int, output: str
 ) -> LanguageModelRun:
-    """The run of one of the models."""
+    """The run that trains the Transformer."""
     return LanguageModelRun(
-        name=Path(output).name,
+        name="teacher",
         model=ModelSettings(
+            architecture="llama",
             hidden_size=size.hidden_size,
             intermediate_size=size.intermediate_size,
             num_hidden_layers=size.num_hidden_layers,
             num_attention_heads=4,
-            mixer_form=form,
-            match_shared_size=form == "standard",
+            rope_theta=100.0,  # windows are short
         ),
         text=source,
-        schedule=schedule,
+        schedule="transformer",
         tokenizer=tokenizer,
         seq_len=size.seq_len,
         batch_size=4,
-        max_tokens=size.tokens,
-        learning_rate=learning_rate,
-        warmup_steps=20,
+        max_tokens=size.teacher_tokens,
+        learning_rate=4e-3,
+        min_learning_rate_ratio=0.05,
+        warmup_steps=50,
         log_every=5,
+        keep_checkpoints=1,
+        dtype="float32",
+        seed=seed,
+        output=output,
+    )
+
+
+def quickstart_student(
+    size: QuickstartSize, source: TextSource, *, teacher: str, student: str, seed: int, output: str
+) -> DistillationRun:
+    """The run that distils it: the recipe `descend`, for a model a twentieth of the size it was made for.
+
+    Without the cross-entropy of `descend`: after so little training a student that also reads the text overtakes its
+    teacher, and what switching costs would not be seen.
+    """
+    recipe = descend()
+    return replace(
+        recipe,
+        name="student",
+        text=source,
+        teacher=teacher,
+        student=student,
+        seq_len=size.seq_len,
+        batch_size=4,
+        max_tokens=size.student_tokens,
+        mixers=replace(recipe.mixers, share=0.1),
+        logits=replace(
+            recipe.logits,
+            learning_rate=1.5e-3,
+            ce_weight=0.0,
+        ),
+        log_every=5,
+        save_every=None,
         keep_checkpoints=1,
         dtype="float32",
         seed=seed,
@@ -172,7 +224,7 @@ def _claim_folder(output: Path) -> None:
 
 
 def _write_corpus(documents: Documents, folder: Path) -> TextSource:
-    """Keep the documents for all four runs: reading the standard library takes seconds."""
+    """Keep the documents for both runs: reading the standard library takes seconds."""
     folder.mkdir()
     for name, texts in (("train", documents.train), ("validation", documents.validation)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -180,36 +232,53 @@ def _write_corpus(documents: Documents, folder: Path) -> TextSource:
     return TextSource(source=str(folder / "train.jsonl"), validation_source=str(folder / "validation.jsonl"))
 
 
-def _measured(name: str, trained: TrainedModel, size: QuickstartSize, seed: int) -> ModelRun:
-    evaluation = trained.evaluation
-    assert evaluation is not None
-    points = measure_speed(trained.model, size.lengths, seed=seed)
-    return ModelRun(
-        name=name,
-        trans_points=trained.model.config.schedule,
-        mixer_form=trained.run.model.mixer_form,
-        num_parameters=trained.num_parameters,
-        training_curve=tuple((row.tokens, row.seconds, row.loss) for row in trained.history.training),
-        bits_per_byte=evaluation.bits_per_byte,
-        nats_per_token=evaluation.loss,
-        loss_by_position=tuple(((part.start + part.end - 1) / 2, part.loss) for part in evaluation.loss_by_position),
-        prefill=tuple((point.length, point.prefill_tokens_per_second) for point in points),
-        decode=tuple((point.length, point.decode_tokens_per_second) for point in points),
-        cache=tuple((point.length, point.cache_bytes) for point in points),
+def _measured(
+    teacher: TrainedModel,
+    converted: Path,
+    student: DistilledModel,
+    texts: list[str],
+    size: QuickstartSize,
+    seed: int,
+    device: torch.device,
+) -> tuple[StudentMeasurements, StudentMeasurements, StudentMeasurements]:
+    """The student with no layer switching, switched but untrained, and distilled."""
+    windows = pack_documents(texts, teacher.tokenizer, size.seq_len, drop_last=False)
+    settings = ReportSettings(
+        eval_tokens=size.eval_tokens,
+        schedules=size.schedules,
+        recall_prompts=size.recall_prompts,
+        speed_lengths=size.lengths,
+        seed=seed,
+    )
+    little = replace(settings, schedules=1, recall_prompts=0, speed_lengths=(max(size.lengths),))
+    model, _ = load_checkpoint(converted, device=device)
+    untrained = measure_student(teacher.model, model, teacher.tokenizer, windows, settings=little)
+    model.set_trans_points("transformer")
+    same = measure_student(teacher.model, model, teacher.tokenizer, windows, settings=little)
+    distilled = measure_student(teacher.model, student.model, teacher.tokenizer, windows, hay=texts, settings=settings)
+    return same, untrained, distilled
+
+
+def _distillation_curve(student: DistilledModel) -> tuple[tuple[int, float, float], ...]:
+    """KL(teacher || student) over the last stage; what the stages before it read and took is counted first."""
+    before = [history for name, history in student.histories.items() if name != "logits"]
+    tokens, seconds = sum(history.tokens for history in before), sum(history.seconds for history in before)
+    return tuple(
+        (tokens + row.tokens, seconds + row.seconds, row.metrics["kl"]) for row in student.histories["logits"].training
     )
 
 
-def _sample(trained: TrainedModel, prompt: str, size: QuickstartSize, seed: int) -> CrossedSample:
+def _sample(student: DistilledModel, prompt: str, size: QuickstartSize, seed: int) -> CrossedSample:
     written = continue_prompt(
-        trained.model,
-        trained.tokenizer,
+        student.model,
+        student.tokenizer,
         prompt,
         max_new_tokens=size.new_tokens,
         temperature=0.7,
         seed=seed,
         stop_at_end=False,
     )
-    return CrossedSample(model=SUBJECT, prompt=prompt, pieces=written.pieces)
+    return CrossedSample(prompt=prompt, pieces=written.pieces)
 
 
 def _describe(documents: Documents) -> str:
@@ -217,3 +286,24 @@ def _describe(documents: Documents) -> str:
     count = len(documents.train) + len(documents.validation)
     python = platform.python_version()
     return f"the documentation that comes with Python {python}: {count:,} documents, {size / 1e6:.1f} MB"
+
+
+def _settings(
+    size: QuickstartSize, teacher: LanguageModelRun, student: DistillationRun, initialisation: str
+) -> dict[str, str]:
+    model, logits = teacher.model, student.logits
+    loss = " and ".join(
+        f"{weight:g} x {name}"
+        for name, weight in (("KL from the teacher", logits.kl_weight), ("cross-entropy", logits.ce_weight))
+        if weight
+    )
+    return {
+        "tokenizer": f"byte-level BPE of {size.vocab_size:,} entries, trained on the training documents",
+        "windows": f"{size.seq_len:,} tokens",
+        "teacher": f"{model.num_hidden_layers} layers of width {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"MLP {model.intermediate_size}; batches of {teacher.batch_size}, learning rate {teacher.learning_rate:g}",
+        "state space at the start": initialisation,
+        "distillation": f"recipe descend, batches of {student.batch_size}; layers alone: {student.mixers.share:.0%} of "
+        f"the tokens, learning rate {student.mixers.learning_rate:g}; then the whole: learning rate "
+        f"{logits.learning_rate:g}, loss {loss}",
+    }

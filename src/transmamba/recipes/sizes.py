@@ -3,17 +3,23 @@
 import copy
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from transmamba.errors import RecipeError
 from transmamba.models import TransMambaConfig, TransMambaForCausalLM
 
-__all__ = ["count_parameters", "match_parameters"]
+__all__ = ["count_parameters", "match_parameters", "new_model"]
 
 
-def count_parameters(config: TransMambaConfig) -> int:
+def new_model(config: TransMambaConfig | LlamaConfig) -> TransMambaForCausalLM | LlamaForCausalLM:
+    """The language model that this config describes, with initial values."""
+    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else TransMambaForCausalLM(config)
+
+
+def count_parameters(config: TransMambaConfig | LlamaConfig) -> int:
     """Parameters of the language model that this config describes, tied ones once; nothing is allocated."""
     with torch.device("meta"):
-        model = TransMambaForCausalLM(copy.deepcopy(config))
+        model = new_model(copy.deepcopy(config))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -9,11 +9,10 @@ from transmamba.report.figures import (
     quality_by_schedule,
     recall_figure,
     schedule_figure,
-    schedules_figure,
     throughput_figure,
 )
 from transmamba.report.html import Mark, Page
-from transmamba.report.quickstart import CrossedSample, ModelRun, QuickstartReport
+from transmamba.report.quickstart import CrossedSample, QuickstartReport
 from transmamba.report.student import (
     AgreementRow,
     Findings,
@@ -33,7 +32,6 @@ __all__ = [
     "Mark",
     "MeasuredModel",
     "MeasuredSchedule",
-    "ModelRun",
     "Page",
     "QuickstartReport",
     "RecallRow",
@@ -51,6 +49,5 @@ __all__ = [
     "quality_by_schedule",
     "recall_figure",
     "schedule_figure",
-    "schedules_figure",
     "throughput_figure",
 ]

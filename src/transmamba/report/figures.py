@@ -82,7 +82,7 @@ def schedule_figure(schedule: TransPointSchedule, seq_len: int, *, title: str | 
         height = 1.6 + min(max(len(schedule) * 0.24, 1.2), 8.5)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
-        _draw_schedule(axes, schedule, seq_len, entry_labels=True)
+        _draw_schedule(axes, schedule, seq_len)
         axes.set_xlabel("position in the document (tokens; not to scale)")
         axes.set_ylabel("layer, from the input down")
         if title:
@@ -91,32 +91,15 @@ def schedule_figure(schedule: TransPointSchedule, seq_len: int, *, title: str | 
     return figure
 
 
-def schedules_figure(schedules: Mapping[str, TransPointSchedule], seq_len: int) -> Figure:
-    """Several schedules side by side, drawn as in `schedule_figure`, two or three to a row."""
-    if not schedules:
-        raise InputError("There is no schedule to draw; give at least one.")
-    with rc_context(STYLE):
-        columns = 2 if len(schedules) in (2, 4) else min(len(schedules), 3)
-        rows = -(-len(schedules) // columns)
-        layers = max(len(schedule) for schedule in schedules.values())
-        figure = Figure(figsize=(WIDTH, 0.5 + rows * (0.9 + min(max(layers * 0.14, 0.9), 4.0))), layout="constrained")
-        for index, (name, schedule) in enumerate(schedules.items()):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            _draw_schedule(axes, schedule, seq_len, entry_labels=False)
-            axes.tick_params(labelsize=8.5)
-            axes.set_title(name)
-        figure.legend(handles=_mode_patches(), loc="outside lower center", ncols=2)
-    return figure
-
-
 def loss_curves(
     curves: Mapping[str, Points],
     *,
     colours: Mapping[str, str],
+    what: str = "training loss",
     unit: str = "nats per token",
     x_label: str = "tokens read",
 ) -> Figure:
-    """Training loss against tokens, a line per model.
+    """Training loss, or what else falls in training, against tokens, a line per model.
 
     Long curves are thinned to the means of neighbouring points, and the steep beginning is cut off at the top so that
     the differences at the end can be seen.
@@ -126,7 +109,7 @@ def loss_curves(
         figure, axes = _line_figure(thinned, colours, markers=False)
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel(x_label)
-        axes.set_ylabel(f"training loss ({unit})")
+        axes.set_ylabel(f"{what} ({unit})")
         top = _loss_after_beginning(thinned.values())
         if top is not None:
             axes.set_ylim(top=top)
@@ -290,7 +273,7 @@ def _mode_patches() -> list[Patch]:
     return [Patch(color=ATTENTION_COLOUR, label="attention"), Patch(color=SSM_COLOUR, label="SSM")]
 
 
-def _draw_schedule(axes: Axes, schedule: TransPointSchedule, seq_len: int, *, entry_labels: bool) -> None:
+def _draw_schedule(axes: Axes, schedule: TransPointSchedule, seq_len: int) -> None:
     segments = schedule.segments(seq_len)
     edges = [0, *(end for _, end in segments)]
     place = {position: index for index, position in enumerate(edges)}
@@ -307,7 +290,7 @@ def _draw_schedule(axes: Axes, schedule: TransPointSchedule, seq_len: int, *, en
     axes.set_xticks(
         [index for index, _ in ticks], [str(edge) for _, edge in ticks], rotation=45 if len(ticks) > 8 else 0
     )
-    roomy = entry_labels and len(schedule) <= 34
+    roomy = len(schedule) <= 34
     every = 1 if roomy else max(1, -(-len(schedule) // 8))
     layers = range(0, len(schedule), every)
     axes.set_yticks(layers, [str(layer) for layer in layers])

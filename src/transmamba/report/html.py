@@ -43,6 +43,7 @@ figcaption { margin-top: .5rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; padding-top: .6rem; }
+caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
 th, td { padding: .42rem .75rem .42rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; vertical-align: bottom; }
 th.number, td.number { text-align: right; padding: .42rem 0 .42rem .75rem; }
@@ -145,7 +146,7 @@ class Page:
             cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
             strong = ' class="strong"' if index in strong_rows else ""
             body.append(f"<tr{strong}>{cells}</tr>")
-        title = f"<caption>{_prose(caption)}</caption>" if caption else ""
+        title = f"<caption><span>{_prose(caption)}</span></caption>" if caption else ""
         lines = "".join(body)
         narrow = ' class="narrow"' if len(headers) <= NARROW_COLUMNS else ""
         self._blocks.append(f'<div class="scroll"><table{narrow}>{title}{head}<tbody>{lines}</tbody></table></div>')

@@ -166,6 +166,12 @@ class StudentMeasurements:
         asked = {row.task for row in self.teacher.recall}
         return list(dict.fromkeys(row.task for row in self.student.recall if row.task in asked))
 
+    @property
+    def known_tasks(self) -> list[str]:
+        """Recall tasks at which one of the two does better than guessing."""
+        pairs = {task: (self.teacher.recalled(task), self.student.recalled(task)) for task in self.tasks}
+        return [task for task, rows in pairs.items() if any(row is not None and _above_chance(row) for row in rows)]
+
     def findings(self) -> Findings:
         sorted_out: dict[str, list[str]] = {"kept": [], "gained": [], "costs": [], "unknown": []}
         for kind, sentence in [
@@ -182,33 +188,19 @@ class StudentMeasurements:
         """The headers and rows of a table: measure, teacher, student, and the student's as a multiple."""
         return [" ", TEACHER, STUDENT, "ratio"], _summary_rows(self)
 
-    def add_to(self, page: Page) -> None:
-        """Add the sections that show how each finding was found."""
+    def add_to(self, page: Page, *, tasks: Sequence[str] | None = None) -> None:
+        """Add the sections that show how each finding was found. tasks: of recall, those to show; None = all."""
         _add_schedule(page, self)
         _add_quality(page, self)
         _add_positions(page, self)
-        _add_recall(page, self)
+        _add_recall(page, self, self.tasks if tasks is None else tasks)
         _add_speed(page, self)
 
     def print_table(self, console: "Console") -> None:
         """Print the summary and the findings on a rich console."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        headers, rows = self.summary()
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column, header in enumerate(headers):
-            table.add_column(header, justify="right" if column else "left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+        print_rows(console, *self.summary())
         findings = self.findings()
-        console.print()
-        console.print(findings.headline, markup=False, highlight=False)
-        for label, sentences in findings.groups:
-            console.print(f"\n[bold]{label}[/bold]")
-            for sentence in sentences:
-                console.print(f"  {sentence}", markup=False, highlight=False)
+        print_points(console, findings.headline, findings.groups)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,14 +224,14 @@ class StudentReport:
 
     def to_json(self) -> str:
         """Text that `from_json` reads; a number that is not finite is written as null."""
-        return json.dumps(_without_nan(asdict(self)), indent=1, allow_nan=False)
+        return json.dumps(without_nan(asdict(self)), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The report that `to_json` wrote."""
         try:
             content = json.loads(text)
-            return cls(**content | {"measured": _measurements_from_json(content["measured"])})
+            return cls(**content | {"measured": measurements_from_json(content["measured"])})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"This is not the JSON of a report on a student: {error}.") from error
 
@@ -285,10 +277,33 @@ class StudentReport:
         ]
 
 
+def print_rows(console: "Console", headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text and whose others are numbers."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, header in enumerate(headers):
+        table.add_column(header, justify="right" if column else "left", no_wrap=column == 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def print_points(console: "Console", headline: str, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Print a sentence, then sentences under labels."""
+    console.print()
+    console.print(headline, markup=False, highlight=False)
+    for label, sentences in groups:
+        console.print(f"\n[bold]{label}[/bold]")
+        for sentence in sentences:
+            console.print(f"  {sentence}", markup=False, highlight=False)
+
+
 def _headline(measured: StudentMeasurements) -> str:
     teacher, student = measured.teacher, measured.student
     quality = (
-        f"The student's perplexity is {_times(measured.own.perplexity_ratio)} its teacher's "
+        f"The student's perplexity is {as_times(measured.own.perplexity_ratio)} its teacher's "
         f"({_perplexity(student)} against {_perplexity(teacher)})"
         if isfinite(measured.own.perplexity_ratio)
         else "The student has no finite perplexity"
@@ -318,7 +333,7 @@ def _quality_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
     else:
         kind, word = ("costs", "higher") if own.loss_difference > 0 else ("gained", "lower")
         points.append((kind, f"Perplexity is {word}: {ratio:.3f} times the teacher's{spread}, {over}."))
-    same = f"{_percent(own.top1)} of tokens"
+    same = f"{as_percent(own.top1)} of tokens"
     if own.top1 >= 0.99:
         points.append(("kept", f"For {same} it would write the same next token as the teacher."))
     else:
@@ -387,12 +402,12 @@ def _recall_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
         choices = round(1 / ours.chance)
         where = f"{_capital(task)} recall at {_range(lengths)} tokens of context"
         numbers = (
-            f"The student finds the right one of {choices} answers the likeliest {_percent(ours.chosen)} of the time, "
-            f"and writes it exactly {_percent(ours.exact)}; the teacher {_percent(theirs.chosen)} and "
-            f"{_percent(theirs.exact)}. Guessing gives {100 * ours.chance:.3g} % ({ours.count} questions)."
+            f"The student finds the right one of {choices} answers the likeliest {as_percent(ours.chosen)} of the "
+            f"time, and writes it exactly {as_percent(ours.exact)}; the teacher {as_percent(theirs.chosen)} and "
+            f"{as_percent(theirs.exact)}. Guessing gives {100 * ours.chance:.3g} % ({ours.count} questions)."
         )
         changes = [_change(theirs, ours, measure) for measure in ("chosen", "exact")]
-        if not _above_chance(theirs) and not _above_chance(ours):
+        if task not in measured.known_tasks:
             points.append(
                 ("unknown", f"{where}: neither model does better than guessing, so nothing can be said. {numbers}")
             )
@@ -410,7 +425,7 @@ def _memory_points(measured: StudentMeasurements) -> list[tuple[str, str]]:
     theirs, ours = pair
     share = ours.cache_bytes / theirs.cache_bytes
     sizes = f"{format_bytes(ours.cache_bytes)} against {format_bytes(theirs.cache_bytes)}"
-    text = f"At {ours.length:,} tokens its cache takes {_percent(share)} of the teacher's memory ({sizes})"
+    text = f"At {ours.length:,} tokens its cache takes {as_percent(share)} of the teacher's memory ({sizes})"
     entries = measured.own.trans_points
     never = sum(entry is None for entry in entries)
     last = max((entry for entry in entries if entry is not None), default=0)
@@ -454,7 +469,7 @@ def _summary_rows(measured: StudentMeasurements) -> list[list[str]]:
         _row("parameters", teacher.num_parameters, student.num_parameters, format_count),
         _row("perplexity", teacher.perplexity, student.perplexity, _two_digits),
         _row("bits per byte", teacher.bits_per_byte, student.bits_per_byte, _three_digits),
-        ["same next token", "", _percent(own.top1), ""],
+        ["same next token", "", as_percent(own.top1), ""],
         ["KL from the teacher, nats/token", "", _three_digits(own.kl), ""],
     ]
     for task in measured.tasks:
@@ -463,8 +478,8 @@ def _summary_rows(measured: StudentMeasurements) -> list[list[str]]:
         assert ours is not None
         of = f"right choice of {round(1 / ours.chance)}"
         rows += [
-            [f"{task}: {of}", _percent(theirs.chosen), _percent(ours.chosen), ""],
-            [f"{task}: written exactly", _percent(theirs.exact), _percent(ours.exact), ""],
+            [f"{task}: {of}", as_percent(theirs.chosen), as_percent(ours.chosen), ""],
+            [f"{task}: written exactly", as_percent(theirs.exact), as_percent(ours.exact), ""],
             _row(f"{task}: loss, nats/token", theirs.loss, ours.loss, _two_digits),
         ]
     pair = _at_longest(measured)
@@ -510,7 +525,7 @@ def _add_schedule(page: Page, measured: StudentMeasurements) -> None:
     page.figure(
         figures.schedule_figure(measured.own.trans_points, measured.seq_len),
         f"Every layer mixes tokens by attention, as the teacher does, up to its TransPoint, and by a state space from "
-        f"there on. In a document of {measured.seq_len:,} tokens attention does {_percent(share)} of the mixing.",
+        f"there on. In a document of {measured.seq_len:,} tokens attention does {as_percent(share)} of the mixing.",
     )
 
 
@@ -536,11 +551,11 @@ def _add_quality(page: Page, measured: StudentMeasurements) -> None:
         [
             [
                 _short(row.trans_points),
-                _percent(row.attention_share),
+                as_percent(row.attention_share),
                 _two_digits(exp(min(row.nats_per_token, 700))),
-                _times(row.perplexity_ratio),
+                as_times(row.perplexity_ratio),
                 _three_digits(row.kl),
-                _percent(row.top1),
+                as_percent(row.top1),
             ]
             for row in measured.schedules
         ],
@@ -585,8 +600,8 @@ def _add_positions(page: Page, measured: StudentMeasurements) -> None:
             )
 
 
-def _add_recall(page: Page, measured: StudentMeasurements) -> None:
-    if not measured.tasks:
+def _add_recall(page: Page, measured: StudentMeasurements, tasks: Sequence[str]) -> None:
+    if not tasks:
         return
     page.section("Recall")
     page.paragraph(
@@ -597,7 +612,7 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
     )
     colours = _colours(measured)
     models = {TEACHER: measured.teacher, STUDENT: measured.student}
-    chance = {task: row.chance for task in measured.tasks if (row := measured.student.recalled(task))}
+    chance = {task: row.chance for task in tasks if (row := measured.student.recalled(task))}
     page.figure(
         figures.recall_figure(
             {
@@ -605,7 +620,7 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
                     name: [(row.length, row.chosen) for row in model.recall if row.task == task]
                     for name, model in models.items()
                 }
-                for task in measured.tasks
+                for task in tasks
             },
             colours=colours,
             chance=chance,
@@ -615,10 +630,9 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
         "Right choices against the length of the context, facts at all depths.",
     )
     by_depth = {
-        task: {name: _by_depth(model.recall_by_depth, task) for name, model in models.items()}
-        for task in measured.tasks
+        task: {name: _by_depth(model.recall_by_depth, task) for name, model in models.items()} for task in tasks
     }
-    by_depth_rows = measured.student.recall_by_depth
+    by_depth_rows = [row for row in measured.student.recall_by_depth if row.task in tasks]
     if all(len(points) > 1 for curves in by_depth.values() for points in curves.values()):
         page.figure(
             figures.recall_figure(
@@ -629,7 +643,7 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
             "points either way.",
         )
     rows = []
-    for ours in measured.student.recall:
+    for ours in (row for row in measured.student.recall if row.task in tasks):
         match = [row for row in measured.teacher.recall if (row.task, row.length) == (ours.task, ours.length)]
         if match:
             theirs = match[0]
@@ -639,12 +653,12 @@ def _add_recall(page: Page, measured: StudentMeasurements) -> None:
                     ours.task,
                     f"{ours.length:,}",
                     f"{layers} of {len(measured.own.trans_points)}",
-                    f"{_percent(theirs.chosen)} / {_percent(ours.chosen)}",
-                    f"{_percent(theirs.exact)} / {_percent(ours.exact)}",
+                    f"{as_percent(theirs.chosen)} / {as_percent(ours.chosen)}",
+                    f"{as_percent(theirs.exact)} / {as_percent(ours.exact)}",
                     f"{theirs.loss:.2f} / {ours.loss:.2f}",
                 ]
             )
-    counts = sorted({row.count for row in measured.student.recall})
+    counts = sorted({row.count for row in measured.student.recall if row.task in tasks})
     page.table(
         ["task", "context", "layers in attention", "right choice", "written exactly", "loss of the answer"],
         rows,
@@ -776,13 +790,13 @@ def _three_digits(value: float) -> str:
     return f"{value:.3f}" if isfinite(value) else "not finite"
 
 
-def _times(ratio: float) -> str:
+def as_times(ratio: float) -> str:
     if not isfinite(ratio):
         return "not finite"
     return f"{ratio:.2f} times" if ratio < 100 else f"{ratio:,.0f} times"
 
 
-def _percent(share: float) -> str:
+def as_percent(share: float) -> str:
     if not isfinite(share):
         return "not finite"
     return f"{100 * share:.0f} %" if share == 0 or 0.095 <= share < 0.985 or share >= 0.9995 else f"{100 * share:.1f} %"
@@ -812,17 +826,17 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return value
 
 
-def _measurements_from_json(content: dict[str, Any]) -> StudentMeasurements:
+def measurements_from_json(content: dict[str, Any]) -> StudentMeasurements:
     return StudentMeasurements(
         seq_len=content["seq_len"],
         num_tokens=content["num_tokens"],
