@@ -93,6 +93,9 @@ def assert_measured(report: QuickstartReport) -> None:
     # fp32, where two forms of one function differ by 1e-6.
     assert abs(same.loss_difference) < 1e-4
     assert (same.top1, len(report.distilled.schedules)) == (1, TOY.schedules)
+    attention = report.distilled.schedules[-1]  # which the distillation leaves alone
+    assert set(attention.trans_points) == {None}
+    assert abs(attention.loss_difference) < 1e-4
     assert moved.trans_points == learnt.trans_points == [0, 2, 4, 8, 16, 32, 64, None]
     assert moved.kl > 1e-6
     assert learnt.nats_per_token < moved.nats_per_token

@@ -184,8 +184,9 @@ def quickstart_student(
 ) -> DistillationRun:
     """The run that distils it: the recipe `descend`, for a model a twentieth of the size it was made for.
 
-    Without the cross-entropy of `descend`: after so little training a student that also reads the text overtakes its
-    teacher, and what switching costs would not be seen.
+    Only what the state space alone reads is trained, so that attention stays the teacher's and every schedule up to it
+    can be used; and without the cross-entropy of `descend`: after so little training a student that also learns from
+    the text overtakes its teacher, and what switching costs would not be seen.
     """
     recipe = descend()
     return replace(
@@ -200,8 +201,9 @@ def quickstart_student(
         mixers=replace(recipe.mixers, share=0.1),
         logits=replace(
             recipe.logits,
-            learning_rate=1.5e-3,
+            learning_rate=4e-3,
             ce_weight=0.0,
+            trainable="ssm",
         ),
         log_every=5,
         save_every=None,
@@ -293,7 +295,7 @@ def _settings(
 ) -> dict[str, str]:
     model, logits = teacher.model, student.logits
     loss = " and ".join(
-        f"{weight:g} x {name}"
+        name if weight == 1 else f"{weight:g} x {name}"
         for name, weight in (("KL from the teacher", logits.kl_weight), ("cross-entropy", logits.ce_weight))
         if weight
     )
@@ -301,9 +303,10 @@ def _settings(
         "tokenizer": f"byte-level BPE of {size.vocab_size:,} entries, trained on the training documents",
         "windows": f"{size.seq_len:,} tokens",
         "teacher": f"{model.num_hidden_layers} layers of width {model.hidden_size}, {model.num_attention_heads} heads, "
-        f"MLP {model.intermediate_size}; batches of {teacher.batch_size}, learning rate {teacher.learning_rate:g}",
+        f"MLP {model.intermediate_size}, rope theta {model.rope_theta:g}; batches of {teacher.batch_size}, learning "
+        f"rate {teacher.learning_rate:g}",
         "state space at the start": initialisation,
-        "distillation": f"recipe descend, batches of {student.batch_size}; layers alone: {student.mixers.share:.0%} of "
-        f"the tokens, learning rate {student.mixers.learning_rate:g}; then the whole: learning rate "
-        f"{logits.learning_rate:g}, loss {loss}",
+        "distillation": f"recipe descend, batches of {student.batch_size}; layers alone, "
+        f"{100 * student.mixers.share:g} % of the tokens at learning rate {student.mixers.learning_rate:g}; then "
+        f"together at {logits.learning_rate:g}; trainable: {logits.trainable}; loss: {loss}",
     }

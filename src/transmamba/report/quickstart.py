@@ -285,8 +285,9 @@ def _add_learning(page: Page, report: QuickstartReport) -> None:
             figures.loss_curves(
                 {STUDENT: _points(report.distillation)}, colours=colours, what="KL(teacher || student)"
             ),
-            "How far the student's probabilities are from the teacher's while the whole of it learns; 0 is equal. "
-            f"TransPoints come down to {report.schedule} meanwhile, and in some steps every layer stands elsewhere.",
+            "How far the student's probabilities are from the teacher's while its layers learn together; 0 is equal. "
+            "It begins with TransPoints at the end, where it is its teacher, and rises while they come down to "
+            f"{report.schedule}. The tokens before the line were read to fit layers one by one.",
         )
 
 
