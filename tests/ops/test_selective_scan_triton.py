@@ -152,9 +152,7 @@ def test_gradients_of_any_strides_are_understood() -> None:
     def summed(op: Any, **leaves: Tensor) -> Tensor:
         return op(**leaves)[0].sum()  # its gradient is one number, of no strides
 
-    found, wanted = (
-        gradients(partial(summed, op), x) for op, x in ((scan, inputs), (oracle, in_double(inputs)))
-    )
+    found, wanted = (gradients(partial(summed, op), x) for op, x in ((scan, inputs), (oracle, in_double(inputs))))
     assert worst_error(found, wanted) < 4 * bound_of(inputs)
 
 

@@ -27,7 +27,8 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch"),
 }
-# A kernel becomes the default when the tests marked `gpu` have passed on a card; until then backend="triton" asks for it.
+# Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
+# on one; until then backend="triton" asks for it.
 _UNPROVEN = ("logit_distillation", "selective_scan")
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

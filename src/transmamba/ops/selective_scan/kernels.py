@@ -1,8 +1,8 @@
 """The Triton kernels of selective_scan. A program carries the states of one block of channels over one segment.
 
-Letters: T tokens of a step of the loop; D channels of a block, one for each of neighbouring threads; N states, of which
-a thread holds NI, and NL threads together hold all. A tile is (NI, NL, D), which a warp holds as written here: sums over
-states are additions within threads and log2(NL) exchanges between them, sums over channels log2(D) exchanges.
+Letters: T tokens of a step of the loop; D channels of a block, one for each of neighbouring threads; N states, of
+which a thread holds NI, and NL threads together hold all. A tile is (NI, NL, D), which a warp holds as written here:
+sums over states are additions within threads and log2(NL) exchanges between them, sums over channels log2(D) exchanges.
 
 Channels are neighbours in memory, and so are states: u, delta, z, y (batch, tokens, channels), B, C (batch, groups,
 tokens, states), states (..., N, channels), A (N, channels). Loads of T tokens come before their arithmetic, so that

@@ -29,7 +29,7 @@ class Tuning:
     """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
 
     tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread; the others of a
-    channel lie in neighbouring threads. With `whole` programs rows stay whole; where they are cut, there are `programs`.
+    channel lie in neighbouring threads. With `whole` programs rows stay whole; where they are cut, `programs` result.
     """
 
     tokens: int
@@ -207,7 +207,10 @@ def run_scan_backward(
     if not job.whole:
         leaving = _recur(call, _costates(call, dy), total, leaving, reverse=True)
     dfirst = None if initial_state is None else call.states(job.batch)
-    return (*_gradients(call, dy, chunk_states, leaving, dfirst), _empty(call) if dfirst is None else _outside_in(dfirst))
+    return (
+        *_gradients(call, dy, chunk_states, leaving, dfirst),
+        _empty(call) if dfirst is None else _outside_in(dfirst),
+    )
 
 
 def _scan(
@@ -419,7 +422,7 @@ def dense(x: Tensor) -> Tensor:
 
 def read_by_state(x: Tensor) -> Tensor:
     """B or C as (batch, groups, states, tokens), dense and fp32: small, and read by every block of channels anew."""
-    return dense((x.unsqueeze(1) if x.dim() == 3 else x)).to(torch.float32)
+    return dense(x.unsqueeze(1) if x.dim() == 3 else x).to(torch.float32)
 
 
 def inside_out(state: Tensor) -> Tensor:
