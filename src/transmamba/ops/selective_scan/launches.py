@@ -52,11 +52,13 @@ class Tuning:
 def tuning_of(state_size: int) -> Tuning:
     """Return the configuration for this size; a table, not a search. Chosen from register counts, not yet from times.
 
-    More states in a thread, or more than 4 tokens at a time, do not fit the registers of the gradients.
+    More states in a thread, or more tokens at a time, do not fit the registers of the gradients.
     """
     n = triton.next_power_of_2(state_size)
     states = n if n <= 16 else 8
-    return Tuning(tokens=4, channels=LANES * states // n, states=states, whole=256, programs=2048)
+    tokens = 4 if n <= 16 else 2
+    # An H100 runs 528 warps at once: with fewer than two for each place, a warp waits for its own last result.
+    return Tuning(tokens=tokens, channels=LANES * states // n, states=states, whole=1024, programs=2048)
 
 
 @dataclass(frozen=True, kw_only=True)
