@@ -13,6 +13,7 @@ from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 OPS = (
     "causal_conv1d",
     "hybrid_mixer",
+    "logit_distillation",
     "memory_converter",
     "selective_scan",
     "softmax_attention",
@@ -20,6 +21,7 @@ OPS = (
     "ssd_step",
 )
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
+UNPROVEN = ("logit_distillation", "selective_scan")  # kernels that no card has run yet
 
 
 class OnCuda:
@@ -54,6 +56,20 @@ def test_on_a_cuda_device_the_kernels_run(an_h100: None, dtype: torch.dtype) -> 
     chosen = {choice.op: choice.backend for choice in explain("cuda")}
     assert chosen == {op: "triton" if op in KERNELS else "torch" for op in OPS}
     assert {op: resolve_backend(op, None, OnCuda(dtype), OnCuda(dtype)) for op in OPS} == chosen
+
+
+@pytest.mark.parametrize("op", UNPROVEN)
+def test_kernels_that_no_card_has_run_are_taken_when_named_only(an_h100: None, op: str) -> None:
+    assert resolve_backend(op, None, OnCuda(), size=16) == "torch"
+    assert resolve_backend(op, "triton", OnCuda(), size=16) == "triton"
+    (choice,) = (choice for choice in explain("cuda") if choice.op == op)
+    assert "have not been checked on a card yet: backend='triton' runs them" in choice.reason
+
+
+def test_states_of_selective_scan_have_a_bound_of_their_own(an_h100: None) -> None:
+    assert resolve_backend("selective_scan", "triton", OnCuda(size=10_000), size=64) == "triton"
+    with pytest.raises(InputError, match="its kernels are for state_size up to 64, and here it is 65"):
+        resolve_backend("selective_scan", "triton", OnCuda(), size=65)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transmamba.ops import (
     causal_conv1d,
     explain,
     hybrid_mixer,
+    logit_distillation,
     memory_converter,
     selective_scan,
     softmax_attention,
@@ -168,6 +169,14 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     "hybrid_mixer": lambda s, backend: hybrid_mixer(
         s.q, s.k, s.v, s.dt, s.A, s.D, trans_point=71, rotary=s.rotary, return_final_state=True, backend=backend
     ),
+    "logit_distillation": lambda s, backend: logit_distillation(
+        s.q[0, :, 0],
+        torch.arange(len(s.angles), device=s.angles.device) % s.angles.shape[1],
+        s.angles,
+        temperature=2.0,
+        ce_weight=0.5,
+        backend=backend,
+    )[:2],
     "memory_converter": lambda s, backend: memory_converter(
         s.k, s.v, s.dt, s.A, initial_state=s.state, backend=backend
     ),

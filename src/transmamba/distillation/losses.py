@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from transmamba.errors import InputError
+from transmamba.ops.logit_distillation import against, compare_logits, logit_gradient
 
 LOGITS_AT_ONCE = 1 << 26  # elements of one (r, v) tensor, 256 MiB in fp32; about five of them are alive at a time
-IGNORE_INDEX = -100  # of labels; Hugging Face's convention
 
 
 class LogitTarget(Protocol):
@@ -141,16 +141,6 @@ def logit_loss(
     return result[0], result[1], result[2]
 
 
-def compare_logits(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return softmax(teacher / temperature), (r, v), and its KL from the student's log-probabilities, (r,)."""
-    known = min(teacher.shape[1], student.shape[1])
-    logits = teacher[:, :known].to(student.dtype)
-    log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-    p = log_p.exp()
-    kl = torch.sum(p * log_p.sub_(student[:, :known]), dim=1)
-    return (p if known == student.shape[1] else pad(p, (0, student.shape[1] - known))), kl
-
-
 class _LogitLoss(torch.autograd.Function):
     """The gradient is made with the loss, chunk by chunk, so that no logits are kept for backward."""
 
@@ -174,24 +164,10 @@ class _LogitLoss(torch.autograd.Function):
         step = max(1, logits_at_once // max(1, len(head)))
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            counts = labels[rows] != IGNORE_INDEX
-            labelled = labels[rows].clamp(min=0)[:, None]
-            logits = linear(hidden[rows], head).to(dtype)
-            log_q = torch.log_softmax(logits, dim=-1)
-            ce_sum -= torch.sum(log_q.gather(1, labelled)[:, 0] * counts)
-            # d CE / d logits = q - one-hot; d (tau^2 KL) / d logits = tau (q - p), both softened
-            if temperature == 1:
-                gradient = log_q.exp().mul_(ce_weight + kl_weight)
-            else:
-                gradient = log_q.exp().mul_(ce_weight)
-                log_q = torch.log_softmax(logits.div_(temperature), dim=-1)
-                gradient.add_(log_q.exp(), alpha=kl_weight * temperature)
-            if kl_weight:
-                p, kl = target.compare(rows, log_q, temperature)
-                kl_sum += temperature**2 * torch.sum(kl * counts)
-                gradient.sub_(p, alpha=kl_weight * temperature)
-            gradient.scatter_add_(1, labelled, torch.full_like(labelled, -ce_weight, dtype=dtype))
-            gradient = gradient.mul_(counts[:, None]).to(hidden.dtype)
+            kl, ce, gradient = _of_logits(
+                linear(hidden[rows], head), labels[rows], target, rows, temperature, kl_weight, ce_weight
+            )
+            kl_sum, ce_sum = kl_sum + kl.sum(), ce_sum + ce.sum()
             if d_hidden is not None:
                 d_hidden[rows] = gradient @ head
             if d_head is not None:
@@ -209,3 +185,23 @@ class _LogitLoss(torch.autograd.Function):
             None if d_head is None else d_head * d_total.to(d_head.dtype),
             *([None] * 6),
         )
+
+
+def _of_logits(
+    logits: Tensor,
+    labels: Tensor,
+    target: LogitTarget,
+    rows: slice,
+    temperature: float,
+    kl_weight: float,
+    ce_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL and CE of these rows, (r,), and the gradient of their logits, which may lie where the logits were."""
+    if isinstance(target, DenseTarget | GivenTarget):
+        teacher = target.logits(rows) if kl_weight else None
+        return logit_gradient(logits, labels, teacher, temperature, kl_weight, ce_weight, overwrite=True)
+
+    def of_student(log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return target.compare(rows, log_q, temperature)
+
+    return against(of_student, logits, labels, temperature, kl_weight, ce_weight)

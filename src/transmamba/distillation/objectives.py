@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from transmamba.distillation.alignment import LayerErrors, suffix_mean
-from transmamba.distillation.losses import IGNORE_INDEX, logit_loss
+from transmamba.distillation.losses import logit_loss
 from transmamba.distillation.signals import MixerSignal, mixer_signals, mixers_of, teacher_forced
 from transmamba.distillation.teacher import Teacher
 from transmamba.models import TransMambaForCausalLM
+from transmamba.ops.logit_distillation import IGNORE_INDEX
 
 Metrics = Mapping[str, Tensor | float]
 

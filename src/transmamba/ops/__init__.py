@@ -4,6 +4,7 @@ from .backends import BackendChoice, explain
 from .causal_conv1d import causal_conv1d
 from .checks import check_values
 from .hybrid_mixer import hybrid_mixer
+from .logit_distillation import LogitLosses, logit_distillation
 from .memory_converter import memory_converter
 from .rotary import apply_rotary
 from .selective_scan import selective_scan
@@ -13,11 +14,13 @@ from .ssd_step import ssd_step
 
 __all__ = [
     "BackendChoice",
+    "LogitLosses",
     "apply_rotary",
     "causal_conv1d",
     "check_values",
     "explain",
     "hybrid_mixer",
+    "logit_distillation",
     "memory_converter",
     "selective_scan",
     "softmax_attention",

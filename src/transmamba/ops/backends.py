@@ -20,15 +20,20 @@ logger = logging.getLogger(__name__)
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference", "torch"),
     "hybrid_mixer": ("reference", "torch", "triton"),
+    "logit_distillation": ("reference", "torch", "triton"),
     "memory_converter": ("reference", "torch", "triton"),
-    "selective_scan": ("reference", "torch"),
+    "selective_scan": ("reference", "torch", "triton"),
     "softmax_attention": ("reference", "torch"),
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch"),
 }
+# Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
+# on one; until then backend="triton" asks for it.
+_UNPROVEN = ("logit_distillation", "selective_scan")
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_SIZE = 256  # of state_size and head_dim; beyond it a program's registers do not hold a state's columns
+TRITON_MAX_STATE_SIZE = 64  # of selective_scan, where a thread holds states of a channel, not a program
 TRITON_CAPABILITY = (8, 0)  # the first GPUs with bf16 and tf32 matrix units
 
 
@@ -41,8 +46,10 @@ class BackendChoice:
     reason: str
 
 
-def resolve_backend(op: str, backend: str | None, *inputs: Tensor) -> str:
+def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | None = None) -> str:
     """Return the backend that `op` will use on these tensors, of which all share a device and a dtype.
+
+    size: what the kernels' registers must hold, 0 if nothing; by default, the largest last dimension.
 
     Raises InputError for a backend that the op does not have, or that cannot run on them.
     """
@@ -51,9 +58,9 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor) -> str:
         raise InputError(f"{op} has no backend {backend!r}; choose {' or '.join(map(repr, known))}, or None.")
     if "triton" not in known or backend in ("reference", "torch"):
         return backend or "torch"
-    if backend is None and (not inputs or inputs[0].device.type != "cuda"):
+    if backend is None and (op in _UNPROVEN or not inputs or inputs[0].device.type != "cuda"):
         return "torch"
-    obstacle = _obstacle(inputs)
+    obstacle = _obstacle(op, inputs, size)
     if backend == "triton":
         if obstacle:
             raise InputError(f"{op} cannot run on backend 'triton': {obstacle}; pass backend='torch', or None.")
@@ -74,6 +81,9 @@ def _explain(op: str, device: str) -> BackendChoice:
     if device == "cuda" and "triton" in _IMPLEMENTED[op]:
         if TRITON_MISSING:
             return BackendChoice(op=op, backend="torch", reason=f"plain PyTorch, since {TRITON_MISSING}")
+        if op in _UNPROVEN:
+            reason = "plain PyTorch; its GPU kernels have not been checked on a card yet: backend='triton' runs them"
+            return BackendChoice(op=op, backend="torch", reason=reason)
         reason = "our GPU kernels, for bf16, fp16 and fp32; fp64 runs as plain PyTorch"
         return BackendChoice(op=op, backend="triton", reason=reason)
     reasons = {
@@ -84,16 +94,19 @@ def _explain(op: str, device: str) -> BackendChoice:
     return BackendChoice(op=op, backend="torch", reason=reason)
 
 
-def _obstacle(inputs: tuple[Tensor, ...]) -> str:
+def _obstacle(op: str, inputs: tuple[Tensor, ...], size: int | None) -> str:
     """Why the Triton kernels cannot run on these tensors; empty if they can."""
     if TRITON_MISSING or not inputs:
         return TRITON_MISSING
     x = inputs[0]
     if x.dtype not in TRITON_DTYPES:
         return f"its kernels are for bf16, fp16 and fp32, and the inputs are {str(x.dtype).removeprefix('torch.')}"
-    size = max(int(x.shape[-1]) for x in inputs)
-    if size > TRITON_MAX_SIZE:
-        return f"its kernels are for state_size and head_dim up to {TRITON_MAX_SIZE}, and here it is {size}"
+    size = max(int(x.shape[-1]) for x in inputs) if size is None else size
+    what, largest = "state_size and head_dim", TRITON_MAX_SIZE
+    if op == "selective_scan":
+        what, largest = "state_size", TRITON_MAX_STATE_SIZE
+    if size > largest:
+        return f"its kernels are for {what} up to {largest}, and here it is {size}"
     if x.device.type == "cuda":
         capability = _capability(x.device)
         if capability < TRITON_CAPABILITY:

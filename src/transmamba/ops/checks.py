@@ -159,6 +159,38 @@ def check_selective_inputs(
                 )
 
 
+def check_logits(logits: Tensor, labels: Tensor, teacher: Tensor | None, temperature: float, *, validate: bool) -> None:
+    """Raise InputError unless the tensors fit the contract of logit_distillation."""
+    op = "logit_distillation"
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise InputError(f"{op}: logits has shape {tuple(logits.shape)}; give it as (rows, v), v of 1 or more.")
+    rows, size = logits.shape
+    if tuple(labels.shape) != (rows,) or labels.is_floating_point():
+        raise InputError(
+            f"{op}: labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; give ({rows},) whole numbers, one "
+            "per row of logits."
+        )
+    named = {"logits": logits}
+    if teacher is not None:
+        if teacher.dim() != 2 or len(teacher) != rows or teacher.shape[1] == 0:
+            raise InputError(
+                f"{op}: teacher has shape {tuple(teacher.shape)}; give ({rows}, v_t), v_t of 1 or more, or None."
+            )
+        named["teacher"] = teacher
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"{op}: temperature={temperature} must be above 0; 1 compares the distributions as they are.")
+    check_tensors(op, named)
+    _check_same(op, "device", {"logits": str(logits.device), "labels": str(labels.device)}, "one device for all")
+    if validate and values_are_checked(logits):
+        check_finite(op, named)
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= size))]
+        if len(wrong):
+            raise InputError(
+                f"{op}: labels holds {int(wrong[0])}; give whole numbers from 0 to {size - 1}, or -100 for a row that "
+                "loses nothing."
+            )
+
+
 def check_heads(op: str, q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor | None) -> HeadCounts:
     """Raise unless every head count divides the largest, and k's, v's and dt's divide the state's."""
     counts = {"k": k.shape[-2], "v": v.shape[-2]}

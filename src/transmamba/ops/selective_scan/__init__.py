@@ -80,7 +80,7 @@ def selective_scan(
         initial_state: (batch, dim, state_size); zeros when None.
         return_last_state: also return the state after the last token, fp32 (fp64 for fp64 inputs).
         validate: read the values on the CPU for NaN, A > 0 and steps < 0.
-        backend: "reference" | "torch" | None.
+        backend: "reference" | "torch" | "triton" | None.
 
     Returns:
         y (batch, dim, seq_len) in u's dtype; with return_last_state, (y, state).
@@ -91,7 +91,12 @@ def selective_scan(
     Source: Gu & Dao 2023 (arXiv 2312.00752), section 3.
     """
     check_selective_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, validate=validate)
-    reference = resolve_backend("selective_scan", backend) == "reference"
-    implementation = selective_scan_reference if reference else selective_scan_torch
-    y, state = implementation(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    name = resolve_backend("selective_scan", backend, u, size=A.shape[1])
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    if name == "triton":
+        from .triton import selective_scan_triton
+
+        y, state = selective_scan_triton(*arguments)
+    else:
+        y, state = (selective_scan_reference if name == "reference" else selective_scan_torch)(*arguments)
     return (y, state) if return_last_state else y

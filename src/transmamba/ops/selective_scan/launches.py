@@ -1,0 +1,468 @@
+"""selective_scan on a GPU: how its kernels are launched, and in which order.
+
+Forward reads every input once and writes y once: a program carries the states of some channels through a whole row.
+Where rows and channels are too few to fill the card, rows are cut into segments, and a pass without outputs comes
+first, which learns the state that each segment starts from. Backward computes the state that enters each few tokens
+anew and stores it, and then walks from the end. Nothing is added atomically: blocks of channels write a part each of
+the gradients of B and C, and segments of those of A, D and delta_bias; parts are summed in fp32 afterwards.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from transmamba.ops.segments import Segments
+
+from . import kernels
+
+LANES = 32
+RECUR_BLOCK = 256  # entries of a state per program of the recurrence between segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
+
+    tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread; the others of a
+    channel lie in neighbouring threads. With `whole` programs rows stay whole; where they are cut, `programs` result.
+    """
+
+    tokens: int
+    channels: int
+    states: int
+    whole: int
+    programs: int
+
+    def constants(self, state_size: int) -> dict[str, int]:
+        """Compile-time arguments of the kernels."""
+        return {
+            "T": self.tokens,
+            "NI": self.states,
+            "NL": triton.next_power_of_2(state_size) // self.states,
+            "D": self.channels,
+            "num_warps": 1,
+        }
+
+
+def tuning_of(state_size: int) -> Tuning:
+    """Return the configuration for this size; a table, not a search. Chosen from register counts, not yet from times.
+
+    More states in a thread, or more tokens at a time, do not fit the registers of the gradients.
+    """
+    n = triton.next_power_of_2(state_size)
+    states = n if n <= 16 else 8
+    tokens = 4 if n <= 16 else 2
+    # An H100 runs 528 warps at once: with fewer than two for each place, a warp waits for its own last result.
+    return Tuning(tokens=tokens, channels=LANES * states // n, states=states, whole=1024, programs=2048)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything about one call but its tensors."""
+
+    batch: int
+    dim: int
+    tokens: int
+    states: int
+    B_groups: int
+    C_groups: int
+    tuning: Tuning
+    segments: Segments
+
+    @staticmethod
+    def of(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> "Job":
+        """The job of inputs of these shapes."""
+        groups = (1 if x.dim() == 3 else int(x.shape[1]) for x in (B, C))
+        return _job(*map(int, u.shape), int(A.shape[1]), *groups)
+
+    @property
+    def groups(self) -> int:
+        """Of channels that read the same B and the same C."""
+        return math.lcm(self.B_groups, self.C_groups)
+
+    @property
+    def channels(self) -> int:
+        return self.dim // self.groups
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels in a group."""
+        return -(-self.channels // self.tuning.channels)
+
+    @property
+    def programs(self) -> int:
+        return len(self.segments) * self.groups * self.blocks
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return self.tuning.constants(self.states)
+
+    @property
+    def whole(self) -> bool:
+        return self.segments.whole_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The tensors of one call as the kernels read them; see `read`."""
+
+    job: Job
+    softplus: bool
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def read(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+    ) -> "Call":
+        """Copies of those tensors of which neighbouring channels (of B and C: states) are not neighbours in memory."""
+        return Call(
+            job=Job.of(u, A, B, C),
+            softplus=softplus,
+            u=dense(u),
+            delta=dense(delta),
+            A=A.to(torch.float32).T.contiguous(),
+            B=read_by_state(B),
+            C=read_by_state(C),
+            D=None if D is None else D.contiguous(),
+            z=None if z is None else dense(z),
+            bias=None if bias is None else bias.contiguous(),
+        )
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"SOFTPLUS": self.softplus, "BIAS": self.bias is not None, "GATE": self.z is not None}
+
+    def present(self, x: Tensor | None) -> Tensor:
+        """x, or something in its place that no kernel reads."""
+        return self.u if x is None else x
+
+    def states(self, *rows: int) -> Tensor:
+        """Memory for states, (..., states, dim)."""
+        return torch.empty(*rows, self.job.states, self.job.dim, dtype=torch.float32, device=self.u.device)
+
+
+def run_scan(call: Call, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, last state, the states that segments start from, empty where rows are whole)."""
+    job = call.job
+    y = call.u.new_empty(job.batch, job.tokens, job.dim)
+    if not len(job.segments):
+        return y.transpose(1, 2), last_of_nothing(call, initial_state), _empty(call)
+    last = call.states(job.batch)
+    first = None if initial_state is None else inside_out(initial_state)
+    if job.whole:
+        _scan(call, first, y=y, last=last)
+        return y.transpose(1, 2), last.transpose(1, 2), _empty(call)
+    left, total = call.states(len(job.segments)), torch.empty(len(job.segments), job.dim, device=call.u.device)
+    _scan(call, None, left=left, total=total)
+    entering = _recur(call, left, total, first, reverse=False)
+    _scan(call, entering, y=y, last=last)
+    return y.transpose(1, 2), last.transpose(1, 2), entering
+
+
+def shapes_of_scan(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors of the shapes that run_scan returns."""
+    job = Job.of(u, A, B, C)
+    y = u.new_empty(u.shape[0], u.shape[2], u.shape[1]).transpose(1, 2)
+    last = u.new_empty(u.shape[0], A.shape[1], u.shape[1], dtype=torch.float32).transpose(1, 2)
+    shape = (0,) if job.whole else (len(job.segments), job.states, job.dim)
+    return y, last, u.new_empty(shape, dtype=torch.float32)
+
+
+def run_scan_backward(
+    call: Call, initial_state: Tensor | None, entering: Tensor, dy: Tensor, dlast: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state; of those that are absent, empty.
+
+    All are fp32 but those of u, delta and z; B's and C's are (batch, groups, states, tokens).
+    """
+    job = call.job
+    dy, count = dense(dy), len(job.segments)
+    leaving = None if dlast is None else inside_out(dlast)
+    if not count:
+        return _gradients_of_nothing(call, initial_state, dlast)
+    first = None if initial_state is None else inside_out(initial_state)
+    chunk_states = call.states(job.segments.num_chunks)
+    total = _empty(call) if job.whole else torch.empty(count, job.dim, device=dy.device)
+    # The sums of steps are wanted again between segments; the states at their ends are not.
+    left = _empty(call) if job.whole else call.states(count)
+    _scan(call, first if job.whole else entering, chunk_states=chunk_states, left=left, total=total)
+    if not job.whole:
+        leaving = _recur(call, _costates(call, dy), total, leaving, reverse=True)
+    dfirst = None if initial_state is None else call.states(job.batch)
+    return (
+        *_gradients(call, dy, chunk_states, leaving, dfirst),
+        _empty(call) if dfirst is None else _outside_in(dfirst),
+    )
+
+
+def _scan(
+    call: Call,
+    entering: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    last: Tensor | None = None,
+    chunk_states: Tensor | None = None,
+    left: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Run scan_kernel for those of its outputs that are given; left and total count only where rows are cut."""
+    job = call.job
+    by_segment = left is not None and not job.whole
+    kernels.scan_kernel[(job.programs,)](
+        call.u,
+        call.delta,
+        call.A,
+        call.B,
+        call.C,
+        call.present(call.D),
+        call.present(call.z),
+        call.present(call.bias),
+        call.A if entering is None else entering,
+        call.present(y),
+        call.A if chunk_states is None else chunk_states,
+        left if by_segment else call.A if last is None else last,
+        total if by_segment else call.A,
+        job.segments.on(call.u.device)[0],
+        *_batch_and_token(call.u),
+        *_batch_and_token(call.delta),
+        *_batch_group_and_token(call.B),
+        *_batch_group_and_token(call.C),
+        *_batch_and_token(call.present(call.z)),
+        *((0, 0) if y is None else (y.stride(0), y.stride(1))),
+        job.dim,
+        job.channels,
+        job.blocks,
+        job.groups,
+        job.groups // job.B_groups,
+        job.groups // job.C_groups,
+        job.states,
+        ENTERING=entering is not None,
+        BY_ROW=job.whole,
+        **call.flags,
+        SKIP=call.D is not None,
+        STORE_Y=y is not None,
+        STORE_CHUNKS=chunk_states is not None,
+        STORE_LEFT=by_segment,
+        STORE_END=last is not None,
+        **job.constants,
+    )
+
+
+def _costates(call: Call, dy: Tensor) -> Tensor:
+    """What each segment's outputs add to the gradient of the state that enters it, (segments, states, dim)."""
+    job = call.job
+    left = call.states(len(job.segments))
+    kernels.costate_kernel[(job.programs,)](
+        call.delta,
+        call.A,
+        call.C,
+        call.present(call.z),
+        call.present(call.bias),
+        dy,
+        left,
+        job.segments.on(dy.device)[0],
+        *_batch_and_token(call.delta),
+        *_batch_group_and_token(call.C),
+        *_batch_and_token(call.present(call.z)),
+        *_batch_and_token(dy),
+        job.dim,
+        job.channels,
+        job.blocks,
+        job.groups,
+        job.groups // job.C_groups,
+        job.states,
+        **call.flags,
+        **job.constants,
+    )
+    return left
+
+
+def _recur(call: Call, left: Tensor, total: Tensor, outer: Tensor | None, *, reverse: bool) -> Tensor:
+    """What enters each segment, from its row's first (in reverse, its last), (segments, states, dim)."""
+    job = call.job
+    entering = torch.empty_like(left)
+    plane = job.states * job.dim
+    kernels.recur_kernel[(job.batch, -(-plane // RECUR_BLOCK))](
+        left,
+        total,
+        call.A,
+        left if outer is None else outer,
+        entering,
+        job.segments.on(left.device)[1],
+        job.dim,
+        plane,
+        REVERSE=reverse,
+        OUTER=outer is not None,
+        BLOCK=RECUR_BLOCK,
+        num_warps=4,
+    )
+    return entering
+
+
+def _gradients(
+    call: Call, dy: Tensor, chunk_states: Tensor, leaving: Tensor | None, dfirst: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run gradient_kernel and sum its parts."""
+    job, device = call.job, dy.device
+    shape, count, blocks = (job.batch, job.tokens, job.dim), len(job.segments), job.blocks
+    du, ddelta = call.u.new_empty(shape), call.delta.new_empty(shape)
+    dz = _empty(call) if call.z is None else call.z.new_empty(shape)
+    dB, dC = (torch.empty(job.batch, job.groups, blocks, job.tokens, job.states, device=device) for _ in range(2))
+    dA = call.states(count)
+    dD, dbias = (_empty(call) if x is None else torch.empty(count, job.dim, device=device) for x in (call.D, call.bias))
+    kernels.gradient_kernel[(job.programs,)](
+        call.u,
+        call.delta,
+        call.A,
+        call.B,
+        call.C,
+        call.present(call.D),
+        call.present(call.z),
+        call.present(call.bias),
+        dy,
+        chunk_states,
+        chunk_states if leaving is None else leaving,
+        du,
+        ddelta,
+        dz,
+        dA,
+        dB,
+        dC,
+        dD,
+        dbias,
+        dA if dfirst is None else dfirst,
+        job.segments.on(device)[0],
+        *_batch_and_token(call.u),
+        *_batch_and_token(call.delta),
+        *_batch_group_and_token(call.B),
+        *_batch_group_and_token(call.C),
+        *_batch_and_token(call.present(call.z)),
+        *_batch_and_token(dy),
+        job.tokens,
+        job.dim,
+        job.channels,
+        blocks,
+        job.groups,
+        job.groups // job.B_groups,
+        job.groups // job.C_groups,
+        job.states,
+        LEAVING=leaving is not None,
+        BY_ROW=job.whole,
+        STORE_ENTERING=dfirst is not None,
+        **call.flags,
+        SKIP=call.D is not None,
+        **job.constants,
+    )
+    return (
+        du.transpose(1, 2),
+        ddelta.transpose(1, 2),
+        dA.sum(0).T,
+        _sum_blocks(dB, job.B_groups),
+        _sum_blocks(dC, job.C_groups),
+        dD if call.D is None else dD.sum(0),
+        dz if call.z is None else dz.transpose(1, 2),
+        dbias if call.bias is None else dbias.sum(0),
+    )
+
+
+def _sum_blocks(parts: Tensor, groups: int) -> Tensor:
+    """(batch, groups of channels, blocks, tokens, states) -> (batch, groups, states, tokens)."""
+    return parts.unflatten(1, (groups, -1)).sum((2, 3)).transpose(2, 3)
+
+
+def _gradients_of_nothing(call: Call, initial_state: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
+    job, device = call.job, call.u.device
+
+    def zeros(x: Tensor | None, *shape: int) -> Tensor:
+        return _empty(call) if x is None else torch.zeros(*shape, device=device, dtype=x.dtype)
+
+    shape = (job.batch, job.dim, job.tokens)
+    dfirst = zeros(initial_state, job.batch, job.dim, job.states)
+    return (
+        zeros(call.u, *shape),
+        zeros(call.delta, *shape),
+        zeros(call.A, job.dim, job.states),
+        zeros(call.A, job.batch, job.B_groups, job.states, job.tokens),
+        zeros(call.A, job.batch, job.C_groups, job.states, job.tokens),
+        zeros(call.D, job.dim),
+        zeros(call.z, *shape),
+        zeros(call.bias, job.dim),
+        dfirst if initial_state is None or dlast is None else dfirst + dlast,
+    )
+
+
+def last_of_nothing(call: Call, initial_state: Tensor | None) -> Tensor:
+    """The last state of rows without tokens: their first, or zeros."""
+    last = call.states(call.job.batch)
+    return (last.zero_() if initial_state is None else last.copy_(initial_state.transpose(1, 2))).transpose(1, 2)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x (..., k, tokens), copied if need be so that neighbours in k are neighbours in memory."""
+    return x if x.stride(-2) == 1 or x.shape[-2] == 1 else x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def read_by_state(x: Tensor) -> Tensor:
+    """B or C as (batch, groups, states, tokens), dense and fp32: small, and read by every block of channels anew."""
+    return dense(x.unsqueeze(1) if x.dim() == 3 else x).to(torch.float32)
+
+
+def inside_out(state: Tensor) -> Tensor:
+    """(batch, dim, states) -> (batch, states, dim), fp32, in memory."""
+    return state.to(torch.float32).transpose(1, 2).contiguous()
+
+
+def _outside_in(state: Tensor) -> Tensor:
+    return state.transpose(1, 2)
+
+
+def _batch_and_token(x: Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(2)
+
+
+def _batch_group_and_token(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(3)
+
+
+def _empty(call: Call) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=call.u.device)
+
+
+@lru_cache(maxsize=256)  # the layers of a model ask for few, at every step
+def _job(batch: int, dim: int, tokens: int, states: int, B_groups: int, C_groups: int) -> Job:
+    tuning = tuning_of(states)
+    groups = math.lcm(B_groups, C_groups)
+    programs = batch * groups * -(-(dim // groups) // tuning.channels)
+    chunks = -(-tokens // tuning.tokens)
+    per_segment = chunks if programs >= tuning.whole else max(4, chunks * programs // tuning.programs)
+    segments = Segments.of(batch, tokens, None, tuning.tokens, max(1, per_segment))
+    return Job(
+        batch=batch,
+        dim=dim,
+        tokens=tokens,
+        states=states,
+        B_groups=B_groups,
+        C_groups=C_groups,
+        tuning=tuning,
+        segments=segments,
+    )
