@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from transmamba.models import TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
 from transmamba.recipes.training_run import TrainingRun
 from transmamba.tasks import evaluate_language_model
@@ -16,22 +15,24 @@ from transmamba.training.trainer import EvaluateFunction, LossFunction, causal_l
 
 __all__ = ["fit", "validate"]
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 def fit(
-    model: TransMambaForCausalLM,
+    model: Model,
     arguments: TrainingArguments,
     *,
     train: Any,
     validation: Any,
     evaluate_fn: EvaluateFunction,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     history: TrainingHistory,
     checkpoint: Path | None,
     description: str,
     keep_checkpoints: int,
     loss_fn: LossFunction = causal_lm_loss,
     callbacks: Sequence[TrainerCallback] = (),
-) -> TransMambaForCausalLM:
+) -> Model:
     """Train to the end, from a checkpoint if there is one, and return the model, on its device."""
     progress = TrainingProgress(history, description)
     logs = Path(arguments.output_dir) / "tensorboard"

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transmamba._version import __version__
 from transmamba.errors import CheckpointError, RecipeError
-from transmamba.models import TransMambaForCausalLM
 from transmamba.progress import without_progress_bars
 from transmamba.recipes.training_run import TrainingRun
 from transmamba.training.checkpoints import mark_complete
@@ -28,14 +27,15 @@ MODEL_FOLDER = "model"
 EVALUATION_FILE = "evaluation.json"
 
 
-def save_model(model: TransMambaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the model and its tokenizer so that the folder is there in whole or not at all."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    """Write the model, and its tokenizer if it has one, so that the folder is there in whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         with without_progress_bars():
             model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         mark_complete(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
