@@ -21,6 +21,7 @@ from transmamba.recipes import (
     adapt_images,
     find_adaptation,
     plan_adaptation,
+    with_fields,
 )
 from transmamba.report import html
 
@@ -156,6 +157,9 @@ def test_the_student_begins_as_the_table_says(tmp_path: Path) -> None:
     assert done.plan is not None
     assert done.plan.rows == planned.rows
     assert json.loads((done.folder / "subcloning.json").read_text())["ranking"] == "magnitude"
+    changed = with_fields(run, {"subcloning.depth_map": "1,-1", "subcloning.ranking": "activation"})
+    assert plan_adaptation(changed).depth_map == (1, None)
+    assert AdaptationRun.from_json(changed.to_json()) == changed
     with pytest.raises(RecipeError, match="from_scratch begins with a new student"):
         plan_adaptation(toy_adaptation(tmp_path, "from_scratch"))
 

@@ -214,17 +214,18 @@ def mixing_matrix(signal: ScanSignal, heads: int) -> Tensor:
     With S the running sum of a head's mean step, and A and D its means: sum over n of C_in exp(A_n (S_i - S_j)) dt_j
     B_jn, and D more at i = j.
     """
-    dt = signal.dt.unflatten(-1, (heads, -1)).mean(-1).transpose(1, 2)  # (batch, heads, steps)
-    A = signal.A.unflatten(0, (heads, -1)).mean(1)
-    D = signal.D.float().unflatten(0, (heads, -1)).mean(1)
-    steps = dt.shape[-1]
-    S = dt.cumsum(-1)
-    past = torch.ones(steps, steps, dtype=torch.bool, device=dt.device).tril()
-    # Zero where j comes after i, before the exponential: infinity there would make the gradient of A a NaN.
-    elapsed = (S[..., :, None] - S[..., None, :]).masked_fill(~past, 0.0)
-    decay = torch.exp(A[:, :, None, None] * elapsed[:, :, None]) * past  # (batch, heads, n, steps, steps)
-    mixed = torch.einsum("bin,bjn,bhnij->bhij", signal.C.float(), signal.B.float(), decay)
-    return mixed * dt[..., None, :] + torch.diag_embed(D[:, None].expand(heads, steps))
+    with torch.autocast(signal.dt.device.type, enabled=False):  # differences of running sums need fp32
+        dt = signal.dt.unflatten(-1, (heads, -1)).mean(-1).transpose(1, 2)  # (batch, heads, steps)
+        A = signal.A.unflatten(0, (heads, -1)).mean(1)
+        D = signal.D.float().unflatten(0, (heads, -1)).mean(1)
+        steps = dt.shape[-1]
+        S = dt.cumsum(-1)
+        past = torch.ones(steps, steps, dtype=torch.bool, device=dt.device).tril()
+        # Zero where j comes after i, before the exponential: infinity there would make the gradient of A a NaN.
+        elapsed = (S[..., :, None] - S[..., None, :]).masked_fill(~past, 0.0)
+        decay = torch.exp(A[:, :, None, None] * elapsed[:, :, None]) * past  # (batch, heads, n, steps, steps)
+        mixed = torch.einsum("bin,bjn,bhnij->bhij", signal.C.float(), signal.B.float(), decay)
+        return mixed * dt[..., None, :] + torch.diag_embed(D[:, None].expand(heads, steps))
 
 
 def token_indices(patches: Tensor, teacher: TeacherSignals) -> Tensor:

@@ -312,6 +312,7 @@ def _subcloning_arguments(run: AdaptationRun, data: ImageData) -> dict[str, Any]
         "pretrained": how.pretrained,
         "calibration": _normalised(run, as_floats(data.train.pixels[: how.calibration_images])),
         "early_layers": how.early_layers,
+        "depth_map": how.blocks,
         "rescale": how.rescale,
         "mixer_source": how.mixer_source,
         "gate_source": how.gate_source,

@@ -44,7 +44,8 @@ NEW_TEACHER = "new"
 class SubcloningSettings:
     """How the student begins; see `transmamba.conversion.plan_subcloning`. use: false = as a new model.
 
-    calibration_images: for ranking "activation". pretrained: for "stability".
+    calibration_images: for ranking "activation". pretrained: for "stability". depth_map: for each block of the student
+        one of the teacher, from 0; -1 = none, it begins as in a new model.
     """
 
     use: bool = True
@@ -52,10 +53,22 @@ class SubcloningSettings:
     pretrained: str | None = None
     calibration_images: int = 128
     early_layers: int | None = None
+    depth_map: tuple[int, ...] | None = None
     rescale: bool = True
     mixer_source: str | None = None
     gate_source: str = "mlp"
     convolution: str = "drawn"
+
+    def __post_init__(self) -> None:
+        if self.depth_map is not None:
+            object.__setattr__(self, "depth_map", tuple(int(block) for block in self.depth_map))
+        if self.calibration_images < 1:
+            raise RecipeError(f"calibration_images={self.calibration_images} must be at least 1.")
+
+    @property
+    def blocks(self) -> tuple[int | None, ...] | None:
+        """depth_map as `plan_subcloning` takes it."""
+        return None if self.depth_map is None else tuple(None if block < 0 else block for block in self.depth_map)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

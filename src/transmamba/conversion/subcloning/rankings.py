@@ -75,7 +75,7 @@ def _sums(teacher: SubcloningTeacher, change: Callable[[str, Tensor], Tensor | N
     """Over all tensors that have k, the sum of the L2 norm of what `change` makes of the tensor, at k."""
     scores: dict[str, Tensor] = {}
     for name, tensor in teacher.tensors.items():
-        changed = change(name, tensor.value.double())
+        changed = change(name, tensor.value.cpu().double())  # not every device has fp64
         if changed is None:
             continue
         for dim, axis in enumerate(tensor.axes):
@@ -93,7 +93,7 @@ def _stability(teacher: SubcloningTeacher, pretrained: SubcloningTeacher) -> dic
         if before is None or before.value.shape != tensor.value.shape:
             continue  # a head of other classes has no change to measure
         compared = True
-        old, new = before.value.double(), tensor.value.double()
+        old, new = before.value.cpu().double(), tensor.value.cpu().double()
         for dim, axis in enumerate(tensor.axes):
             if axis is not None:
                 change = _norms(new - old, dim) / _norms(old, dim).clamp(min=SMALLEST)
