@@ -161,7 +161,7 @@ def test_projections_are_a_part_of_the_student_while_it_trains_and_no_longer(tmp
     names = set(student.state_dict())
     with attached(student, projections):
         extra = set(student.state_dict()) - names
-        assert extra == {f"latent_projections.{name}" for name in projections.state_dict()}
+        assert extra == {f"training_parts.{name}" for name in projections.state_dict()}
         assert {id(x) for x in projections.parameters()} <= {id(x) for x in student.parameters()}
         with pytest.raises(AssertionError, match="one objective at a time"), attached(student, projections):
             pass
@@ -175,7 +175,7 @@ def test_a_projection_that_fails_is_taken_off_too() -> None:
     student, _, projections = adaption("vim")
     with pytest.raises(RuntimeError), attached(student, projections):
         raise RuntimeError
-    assert not hasattr(student, "latent_projections")
+    assert not hasattr(student, "training_parts")
 
 
 @pytest.mark.parametrize(("sharing", "count"), [("direction", 4), ("layer", 3), ("none", 12)])

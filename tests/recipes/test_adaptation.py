@@ -63,9 +63,10 @@ def test_every_recipe_leaves_a_student_and_its_scores(tmp_path: Path, recipe: st
     assert "points" in (done.folder / "report.html").read_text()
 
 
-def test_resuming_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("average_decay", [None, 0.9], ids=["last weights", "averaged"])
+def test_resuming_is_exact(tmp_path: Path, average_decay: float | None) -> None:
     write_teacher(tmp_path)
-    run = toy_adaptation(tmp_path, save_every=2, keep_checkpoints=5, eval_every=2)
+    run = toy_adaptation(tmp_path, save_every=2, keep_checkpoints=5, eval_every=2, average_decay=average_decay)
     exact = adapt_images(run, device="cpu")
     copy = tmp_path / "copy"
     shutil.copytree(exact.folder, copy)
@@ -75,7 +76,12 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     wanted, found = exact.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert [row.loss for row in resumed.history.training] == [row.loss for row in exact.history.training]
-    assert [row.validation_accuracy for row in exact.history.evaluations][-1] == exact.student_score.top_1
+    if average_decay is None:
+        assert [row.validation_accuracy for row in exact.history.evaluations][-1] == exact.student_score.top_1
+    else:
+        last = load_file(exact.folder / "1-student" / "checkpoint-4" / "model.safetensors")
+        assert not torch.equal(last["classifier.weight"], wanted["classifier.weight"])
+        assert torch.equal(last["training_parts.average.classifier__weight"], wanted["classifier.weight"])
     finished = adapt_images(replace(run, output=str(copy)), resume=True, device="cpu")  # nothing is left to train
     assert finished.student_score == exact.student_score
     with pytest.raises(RecipeError, match="holds another run: epochs was 2 and is 3"):
@@ -231,6 +237,7 @@ def test_a_folder_that_is_no_teacher_is_refused(tmp_path: Path) -> None:
         ({"student": "vit_tiny"}, "student='vit_tiny' is unknown; choose one of plain_mamba_tiny"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"warmup_share": 1.0}, r"warmup_share=1\.0 must be at least 0"),
+        ({"average_decay": 1.0}, r"average_decay=1\.0 must be above 0 and below 1"),
         ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
         ({"std": (1.0, 0.0, 1.0)}, "those of std above 0"),
         ({"student": "vmamba_tiny"}, "has widths and depths of stages"),

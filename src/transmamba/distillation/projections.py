@@ -11,7 +11,7 @@ from transmamba.errors import InputError
 from transmamba.modules import DirectionOutput
 
 SHARING = ("direction", "layer", "none")
-ATTRIBUTE = "latent_projections"  # of a student that is being distilled
+ATTRIBUTE = "training_parts"  # of a student that is being distilled
 
 
 class LatentProjection(nn.Module):

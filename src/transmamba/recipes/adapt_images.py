@@ -12,7 +12,7 @@ A run's folder holds
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     PreTrainedModel,
+    TrainerCallback,
     set_seed,
 )
 
@@ -59,7 +60,7 @@ from transmamba.recipes.run_folder import (
 from transmamba.recipes.training_run import is_main_process
 from transmamba.report import AdaptionReport
 from transmamba.tasks import ClassificationScore, ImageBatch, evaluate_classifier, linear_cka
-from transmamba.training import LossFunction, TrainingHistory, last_complete_checkpoint
+from transmamba.training import KeepAverage, LossFunction, TrainingHistory, WeightAverage, last_complete_checkpoint
 from transmamba.training.checkpoints import write_atomically
 from transmamba.weights import find_folder, in_one_line, read_json
 
@@ -131,10 +132,22 @@ def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "aut
     student.to(chosen)
     objective, parts = _objective(run, student, frozen, data)
     images = _Images(run, objective, len(data.classes))
-    with attached(student, parts):
+    average = None if run.average_decay is None else WeightAverage(student, run.average_decay)
+    with attached(student, parts if average is None else nn.ModuleDict({"parts": parts, "average": average})):
         history = _train(
-            run, student, data, folder / "1-student", chosen, images, run.epochs, run.learning_rate, resume=resume
+            run,
+            student,
+            data,
+            folder / "1-student",
+            chosen,
+            images,
+            run.epochs,
+            run.learning_rate,
+            resume=resume,
+            callbacks=[] if average is None else [KeepAverage(student, average)],
         )
+    if average is not None:
+        average.copy_to(student)
     batches = _Batches(run, data.validation, run.micro_batch)
     student_score, teacher_score = evaluate_classifier(student, batches), evaluate_classifier(teacher, batches)
     done = AdaptedModel(
@@ -366,6 +379,7 @@ def _train(
     learning_rate: float,
     *,
     resume: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingHistory:
     steps = run.steps_of(epochs, len(data.train))
     checkpoint = last_complete_checkpoint(folder) if resume else None
@@ -401,6 +415,7 @@ def _train(
         description=folder.name,
         keep_checkpoints=run.keep_checkpoints,
         loss_fn=images,
+        callbacks=callbacks,
     )
     return history
 

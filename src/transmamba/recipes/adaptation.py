@@ -108,6 +108,7 @@ class AdaptationRun(TrainingRun):
     method: a name of METHODS. loss: of "adaption". temperature: of the logits in the other methods.
     sharing, padding: of the projections; see `make_projections`.
     epochs: over the training images. warmup_share: of the steps, in which the learning rate rises to its peak.
+    average_decay: the student is the average of its weights over steps, with this weight of the past; None = the last.
     mean, std: of the normalisation of red, green and blue, which teacher and student share.
     cka_images: of the validation images, on how many layers of teacher and student are compared.
     """
@@ -130,6 +131,7 @@ class AdaptationRun(TrainingRun):
     epochs: int = 100
     learning_rate: float = 5e-4
     warmup_share: float = 0.05
+    average_decay: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     cka_images: int = 256
@@ -153,6 +155,8 @@ class AdaptationRun(TrainingRun):
             raise RecipeError(f"warmup_share={self.warmup_share} must be at least 0 and below 1.")
         if not self.temperature > 0:
             raise RecipeError(f"temperature={self.temperature} must be above 0.")
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            raise RecipeError(f"average_decay={self.average_decay} must be above 0 and below 1; 0.999 is usual.")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise RecipeError(f"mean={self.mean} and std={self.std} must be three numbers each, those of std above 0.")
 
