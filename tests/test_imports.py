@@ -29,7 +29,10 @@ ONLY_IMPORTS = {"data": {"data", "errors", "progress"}}
 ONLY_IMPORTED_BY = {"report": {"report", "recipes", "cli"}, "recipes": {"recipes", "cli"}}
 
 # What may be absent where transmamba is imported. Inside a function, its absence can be explained.
-OPTIONAL = {"av", "datasets", "kornia", "lm_eval", "peft", "tensorboard", "timm", "torchcodec", "torchvision", "triton"}
+OPTIONAL = {
+    *("av", "datasets", "kornia", "lm_eval", "peft", "sklearn"),
+    *("tensorboard", "timm", "torchcodec", "torchvision", "triton"),
+}
 
 
 def offences(source: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ TransMambaError
 ├── ScheduleError     a TransPoint schedule: length, entries, name
 ├── CacheError        an operation that a cache cannot do, such as rewinding past a switch
 ├── CheckpointError   a model folder: missing, truncated, of another kind
-├── CorpusError       a text source: missing, empty, not UTF-8, malformed
+├── CorpusError       a source of text or images: missing, empty, unreadable, malformed
 └── RecipeError       a run: unknown recipe, unknown field, value out of range
 
 Messages name the value, the bound and the way out. Mistakes of our own are AssertionErrors.
@@ -33,7 +33,7 @@ class CheckpointError(TransMambaError):
 
 
 class CorpusError(TransMambaError):
-    """A text source is missing, empty or unreadable."""
+    """A source of text or images is missing, empty or unreadable."""
 
 
 class RecipeError(TransMambaError):

@@ -19,6 +19,18 @@ from transmamba.errors import RecipeError
 
 # Every verb, with its arguments and flags. A flag names an input, an output or a device; the rest is the recipe's.
 FLAGS = {
+    "adapt": {
+        "--data",
+        "--device",
+        "--dry-run",
+        "--output",
+        "--recipe",
+        "--resume",
+        "--set",
+        "--student",
+        "--task",
+        "--teacher",
+    },
     "convert": {
         "SOURCE",
         "OUT",

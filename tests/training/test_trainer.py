@@ -21,7 +21,7 @@ from tests.helpers import ROOT, relative_rms_error
 from tests.training.toy import toy_run
 from transmamba.data import load_documents, load_tokenizer, pack_documents
 from transmamba.errors import CheckpointError, RecipeError
-from transmamba.models import TransMambaForCausalLM
+from transmamba.models import TransMambaForCausalLM, vision_model
 from transmamba.recipes import TrainedModel, train_language_model
 from transmamba.training import TransMambaTrainer, causal_lm_loss, last_complete_checkpoint
 from transmamba.training.trainer import decayed_parameter_names
@@ -366,3 +366,24 @@ def test_parameters_of_a_mode_that_never_runs_stay_as_they_were(tmp_path: Path) 
 def test_evaluation_is_asked_for_only_where_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no evaluate_fn"):
         make_trainer(tmp_path).evaluate()
+
+
+def test_decay_spares_what_is_no_matrix_in_models_of_images() -> None:
+    """A_log has a row a channel in Mamba-1, and positions and class tokens three dimensions."""
+    sizes = {"image_size": 16, "patch_size": 8, "num_labels": 3}
+    for name, fields in (
+        ("vim_tiny", {"hidden_size": 16, "num_hidden_layers": 1}),
+        ("plain_mamba_tiny", {"hidden_size": 16, "num_hidden_layers": 1}),
+        ("vmamba_tiny", {"depths": [1], "hidden_sizes": [16], "patch_size": 4}),
+    ):
+        model = vision_model(name, **(sizes | fields))
+        left = {parameter for parameter, _ in model.named_parameters()} - set(decayed_parameter_names(model))
+        endings = {parameter.rpartition(".")[2] for parameter in left}
+        assert {"A_log", "A_b_log", "A_logs"} & endings
+        assert endings <= {
+            *("A_log", "A_b_log", "A_logs", "D", "D_b", "Ds", "dt_projs_bias"),
+            *("bias", "weight", "pos_embed", "cls_token"),
+        }
+        assert not [
+            p for p in left if p.endswith(("in_proj.weight", "x_proj.weight", "x_proj_weight", "classifier.weight"))
+        ]

@@ -25,6 +25,7 @@ VERBS = {
     "schedule": "Show a TransPoint schedule: its modes, FLOPs and cache bytes.",
     "convert": "Convert a pretrained Transformer without changing what it computes.",
     "distill": "Distil a teacher into a TransMamba while its TransPoints come down.",
+    "adapt": "Turn a pretrained Transformer of images into a Mamba.",
     "record": "Store a teacher's most probable next tokens, for distillation without it.",
     "report": "Compare a student with its teacher: quality, recall, speed and memory.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",

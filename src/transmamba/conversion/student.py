@@ -109,7 +109,7 @@ def make_plan(
     name, start = find_initialisation(initialisation, has_text=has_text)
     if seq_len is not None and seq_len < 1:
         raise InputError(f"seq_len={seq_len} must be at least 1.")
-    moves = _moves(source)
+    moves = backbone_moves(source)
     embedding = next(move.source for move in moves if move.target == "model.embed_tokens.weight")
     tied = source.is_tied(embedding)
     choices, notes = source.family.choices(source.config, seq_len)
@@ -119,7 +119,7 @@ def make_plan(
     with torch.device("meta"):
         empty = TransMambaForCausalLM(config)
     shapes = {target: tuple(parameter.shape) for target, parameter in empty.named_parameters()}
-    ignored = _ignored(source, tied=tied)
+    ignored = ignored_tensors(source, tied=tied)
     if not tied:
         moves.append(Move(source=HEAD, target=HEAD))
     copied = {row.target: row for row in check_moves(source.name, moves, ignored, source.shapes, shapes)}
@@ -168,7 +168,7 @@ def build_student(
     return student.eval()
 
 
-def _moves(source: Source) -> list[Move]:
+def backbone_moves(source: Source) -> list[Move]:
     """The family's table with whole names on both sides."""
     return [
         Move(
@@ -181,7 +181,7 @@ def _moves(source: Source) -> list[Move]:
     ]
 
 
-def _ignored(source: Source, *, tied: bool) -> list[IgnoredTensor]:
+def ignored_tensors(source: Source, *, tied: bool) -> list[IgnoredTensor]:
     found = []
     for name, shape in source.shapes.items():
         reasons = [reason for ending, reason in source.family.ignored if re.search(rf"(^|\.){ending}$", name)]

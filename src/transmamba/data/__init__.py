@@ -1,4 +1,4 @@
-"""Data: documents out of any text source, tokenizers, and packing into windows.
+"""Data: documents out of any text source, tokenizers, and packing into windows; images with classes.
 
     documents = load_documents(TextSource(source="builtin:python-docs"))
     tokenizer = load_tokenizer("train:2048", documents.train)
@@ -7,7 +7,9 @@
 An item of the data set is what the model's `forward` takes: input_ids, labels and position_ids.
 """
 
+from transmamba.data.augmentation import Augmentation, as_floats, augment
 from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
+from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images
 from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
 from transmamba.data.recall import RECALL_TASKS, RecallPrompt, recall_prompts, shortest_recall
 from transmamba.data.text import Documents, TextSource, load_documents
@@ -17,12 +19,19 @@ __all__ = [
     "BUILTIN_CORPORA",
     "IGNORE_INDEX",
     "RECALL_TASKS",
+    "Augmentation",
     "Documents",
+    "ImageData",
+    "ImageDataset",
+    "ImageSource",
     "PackedDataset",
     "RecallPrompt",
     "TextSource",
+    "as_floats",
+    "augment",
     "load_builtin",
     "load_documents",
+    "load_images",
     "load_tokenizer",
     "pack_documents",
     "recall_prompts",

@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from .plain_mamba import PlainMambaConfig, PlainMambaForImageClassification, PlainMambaModel
-from .presets import VISION_PRESETS, vision_config, vision_model
+from .presets import VISION_PRESETS, vision_config, vision_model, vision_model_of
 from .timm_models import register_with_timm
 from .transmamba import TransMambaConfig, TransMambaForCausalLM, TransMambaModel
 from .video_mamba import (
@@ -45,6 +45,7 @@ __all__ = [
     "split_tokens",
     "vision_config",
     "vision_model",
+    "vision_model_of",
 ]
 
 AutoConfig.register("transmamba", TransMambaConfig, exist_ok=True)

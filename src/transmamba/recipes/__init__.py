@@ -3,6 +3,8 @@
 A recipe of your own is a function in any file: `transmamba train my_recipes.py:my_run`.
 """
 
+from transmamba.recipes.adapt_images import AdaptedModel, adapt_images, plan_adaptation
+from transmamba.recipes.adaptation import METHODS, AdaptationRun, SubcloningSettings, TeacherTraining
 from transmamba.recipes.carry_out import TrainedModel, train_language_model, validation_source
 from transmamba.recipes.distil import DistilledModel, distil
 from transmamba.recipes.distillation import AlignmentStage, DistillationRun, LogitStage
@@ -11,12 +13,23 @@ from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
 from transmamba.recipes.recording import RecordingRun, record_teacher
 from transmamba.recipes.sizes import count_parameters, match_parameters
 from transmamba.recipes.student_report import ReportSettings, measure_student, report_student
-from transmamba.recipes.table import DISTILLATIONS, RECIPES, find_distillation, find_recipe
+from transmamba.recipes.table import (
+    ADAPTATIONS,
+    DISTILLATIONS,
+    RECIPES,
+    find_adaptation,
+    find_distillation,
+    find_recipe,
+)
 from transmamba.recipes.training_run import TrainingRun
 
 __all__ = [
+    "ADAPTATIONS",
     "DISTILLATIONS",
+    "METHODS",
     "RECIPES",
+    "AdaptationRun",
+    "AdaptedModel",
     "AlignmentStage",
     "DistillationRun",
     "DistilledModel",
@@ -25,15 +38,20 @@ __all__ = [
     "ModelSettings",
     "RecordingRun",
     "ReportSettings",
+    "SubcloningSettings",
+    "TeacherTraining",
     "TrainedModel",
     "TrainingRun",
+    "adapt_images",
     "count_parameters",
     "distil",
     "field_types",
+    "find_adaptation",
     "find_distillation",
     "find_recipe",
     "match_parameters",
     "measure_student",
+    "plan_adaptation",
     "record_teacher",
     "report_student",
     "train_language_model",

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from transmamba.compatibility import check_same_encoding, check_teacher_length, common_vocabulary
 from transmamba.data import PackedDataset, load_documents, pack_documents
@@ -256,7 +256,7 @@ def _carry_out_stage(
     rank = stage.lora_rank if isinstance(stage, LogitStage) else None
     with training_only(student, stage.trainable, lora_rank=rank):
         if checkpoint is not None and done >= steps:
-            _load_weights(student, checkpoint)
+            load_weights(student, checkpoint)
             return history
         curriculum = stage.trans_point_schedule
 
@@ -349,7 +349,8 @@ def _objective(
     return AlignmentObjective(plan.student, source, matrix_errors if name == "matrices" else output_errors)
 
 
-def _load_weights(student: TransMambaForCausalLM, checkpoint: Path) -> None:
+def load_weights(student: PreTrainedModel, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into a model that has them all."""
     weights: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         weights |= load_file(file)

@@ -25,7 +25,7 @@ def fit(
     train: Any,
     validation: Any,
     evaluate_fn: EvaluateFunction,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     history: TrainingHistory,
     checkpoint: Path | None,
     description: str,

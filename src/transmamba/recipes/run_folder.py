@@ -27,14 +27,15 @@ MODEL_FOLDER = "model"
 EVALUATION_FILE = "evaluation.json"
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the model and its tokenizer so that the folder is there in whole or not at all."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    """Write the model, and its tokenizer if it has one, so that the folder is there in whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         with without_progress_bars():
             model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         mark_complete(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

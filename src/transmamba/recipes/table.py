@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from transmamba.errors import RecipeError
+from transmamba.recipes.adaptation import (
+    AdaptationRun,
+    adapt,
+    adapt_v1,
+    bridging,
+    distil_only,
+    from_scratch,
+    mixing,
+    public_release,
+    soft_logits,
+    weight_reuse,
+)
 from transmamba.recipes.distillation import DistillationRun, descend, mohawk, plain_kl
 from transmamba.recipes.language_model import LanguageModelRun
 from transmamba.recipes.python_docs import (
@@ -18,7 +30,7 @@ from transmamba.recipes.python_docs import (
 )
 from transmamba.recipes.wiki import wiki_v9_36m_h200
 
-__all__ = ["DISTILLATIONS", "RECIPES", "find_distillation", "find_recipe"]
+__all__ = ["ADAPTATIONS", "DISTILLATIONS", "RECIPES", "find_adaptation", "find_distillation", "find_recipe"]
 
 Run = TypeVar("Run")
 
@@ -38,6 +50,21 @@ DISTILLATIONS: dict[str, Callable[[], DistillationRun]] = {
     recipe.__name__: recipe for recipe in (descend, mohawk, plain_kl)
 }
 
+ADAPTATIONS: dict[str, Callable[[], AdaptationRun]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        adapt,
+        adapt_v1,
+        distil_only,
+        weight_reuse,
+        from_scratch,
+        soft_logits,
+        public_release,
+        bridging,
+        mixing,
+    )
+}
+
 
 def find_recipe(name: str) -> Callable[[], LanguageModelRun]:
     """The recipe of this name for `transmamba train`, or the function of `path/to/file.py:function`, whose file is run.
@@ -51,6 +78,11 @@ def find_recipe(name: str) -> Callable[[], LanguageModelRun]:
 def find_distillation(name: str) -> Callable[[], DistillationRun]:
     """The recipe of this name for `transmamba distill`, or the function of a file; see find_recipe."""
     return _find(name, DISTILLATIONS, DistillationRun)
+
+
+def find_adaptation(name: str) -> Callable[[], AdaptationRun]:
+    """The recipe of this name for `transmamba adapt`, or the function of a file; see find_recipe."""
+    return _find(name, ADAPTATIONS, AdaptationRun)
 
 
 def _find(name: str, known: dict[str, Callable[[], Run]], kind: type[Run]) -> Callable[[], Run]:

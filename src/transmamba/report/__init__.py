@@ -1,5 +1,6 @@
 """What a run looks like to people: figures, and pages that are one file each."""
 
+from transmamba.report.adaption import AdaptionReport, alignment_figure, confusion_figure, layers_over_time
 from transmamba.report.figures import (
     cache_figure,
     loss_by_position,
@@ -26,6 +27,7 @@ from transmamba.report.student import (
 from transmamba.report.units import format_bytes, format_count, format_seconds
 
 __all__ = [
+    "AdaptionReport",
     "AgreementRow",
     "CrossedSample",
     "Findings",
@@ -38,10 +40,13 @@ __all__ = [
     "SpeedRow",
     "StudentMeasurements",
     "StudentReport",
+    "alignment_figure",
     "cache_figure",
+    "confusion_figure",
     "format_bytes",
     "format_count",
     "format_seconds",
+    "layers_over_time",
     "loss_by_position",
     "loss_curves",
     "model_colours",

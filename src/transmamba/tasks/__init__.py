@@ -8,6 +8,7 @@ from transmamba.tasks.agreement import (
     compare_language_models,
 )
 from transmamba.tasks.choices import ChoiceFile, ChoiceRow, read_choices
+from transmamba.tasks.classification import ClassificationScore, ImageBatch, evaluate_classifier, linear_cka
 from transmamba.tasks.harness import HarnessResult, TaskScore, evaluate_tasks, harness_model
 from transmamba.tasks.language_modeling import Evaluation, PositionLoss, Windows, evaluate_language_model
 from transmamba.tasks.recall import RecallOutcome, RecallScore, mean_recall, score_recall
@@ -16,9 +17,11 @@ __all__ = [
     "Agreement",
     "ChoiceFile",
     "ChoiceRow",
+    "ClassificationScore",
     "Comparison",
     "Evaluation",
     "HarnessResult",
+    "ImageBatch",
     "PositionAgreement",
     "PositionLoss",
     "RecallOutcome",
@@ -27,9 +30,11 @@ __all__ = [
     "TaskScore",
     "Windows",
     "compare_language_models",
+    "evaluate_classifier",
     "evaluate_language_model",
     "evaluate_tasks",
     "harness_model",
+    "linear_cka",
     "mean_recall",
     "read_choices",
     "score_recall",

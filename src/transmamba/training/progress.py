@@ -40,13 +40,14 @@ class TrainingRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRow:
-    """Validation at one step."""
+    """Validation at one step: of language bits per byte, of images the share whose class is the first guess."""
 
     step: int
     tokens: int
     seconds: float
     validation_loss: float
-    validation_bits_per_byte: float
+    validation_bits_per_byte: float | None = None
+    validation_accuracy: float | None = None
 
 
 class TrainingHistory:
@@ -151,7 +152,8 @@ class TrainingProgress(TrainerCallback):
                     **at,
                     seconds=self.seconds,
                     validation_loss=logs["eval_loss"],
-                    validation_bits_per_byte=logs["eval_bits_per_byte"],
+                    validation_bits_per_byte=logs.get("eval_bits_per_byte"),
+                    validation_accuracy=logs.get("eval_accuracy"),
                 )
             )
             self._say(f"step {state.global_step:,}: validation loss {logs['eval_loss']:.4f}", now=True)
@@ -198,7 +200,8 @@ class TrainingProgress(TrainerCallback):
         self.smoothed = past * self.smoothed + (1 - past) * row.loss
         tokens, seconds = row.tokens - self.began[0], row.seconds - self.began[1]
         speed = tokens / seconds if seconds > 0 else 0.0
-        numbers = f"loss {self.smoothed:.4f}  {speed:,.0f} tokens/s  lr {row.learning_rate:.2e}"
+        pace = f"{speed:,.0f} tokens/s  " if row.tokens else ""  # of images none are counted
+        numbers = f"loss {self.smoothed:.4f}  {pace}lr {row.learning_rate:.2e}"
         if self.bar is not None:
             self.bar.update(self.task, numbers=numbers)
             return

@@ -4,8 +4,9 @@ Pretraining, fine-tuning and distillation are this Trainer with three loss funct
 its teacher. What differs from transformers.Trainer:
     a step whose loss is not finite ends the run and is named; weights that are not finite are never saved;
     a checkpoint counts once it is complete (see `checkpoints`), and only then do older ones go;
-    weight decay acts on matrices: projections, embeddings and convolutions. Norms, biases, A_log, dt_bias and D, all of
-    one dimension, are left alone, as in Mamba-2: decay would pull A to -1, dt to softplus(0) and norms to 0.
+    weight decay acts on matrices: projections, embeddings and convolutions. Norms, biases, A_log, dt_bias and D are
+    left alone, as in Mamba: decay would pull A to -1, dt to softplus(0) and norms to 0. So are the positions and
+    class tokens of images, as in DeiT.
 """
 
 import logging
@@ -47,6 +48,11 @@ Batch = Mapping[str, Any]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Tensor | float]]]
 EvaluateFunction = Callable[[PreTrainedModel, Any], Mapping[str, float]]
 
+# Of two dimensions or more in Mamba-1 and in models of images, and no matrices all the same.
+UNDECAYED = (
+    *("A_log", "A_b_log", "A_logs", "dt_projs_bias"),
+    *("pos_embed", "temporal_pos_embedding", "position_embeddings", "cls_token", "distillation_token"),
+)
 TRAINING_ARGUMENTS = "training_args.bin"  # a pickle that transformers adds and nobody reads
 
 
@@ -204,8 +210,10 @@ class TransMambaTrainer(Trainer):
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters with two dimensions or more: projections, embeddings and convolutions."""
-    return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+    """Names of the parameters with two dimensions or more, but for those of UNDECAYED."""
+    return [
+        name for name, parameter in model.named_parameters() if parameter.dim() >= 2 and not name.endswith(UNDECAYED)
+    ]
 
 
 def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

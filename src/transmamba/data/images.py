@@ -1,0 +1,254 @@
+"""Images with classes out of folders or of scikit-learn, decoded once to one size, as uint8 tensors in memory."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from transmamba.errors import CorpusError
+from transmamba.progress import progress_bar
+
+__all__ = ["ImageData", "ImageDataset", "ImageSource", "load_images"]
+
+logger = logging.getLogger(__name__)
+
+DIGITS = "builtin:digits"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+ON_CORRUPT = ("refuse", "skip")
+NAMED = 3  # files that a message names before it counts the rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSource:
+    """Where images come from, and which are kept for validation.
+
+    source: "builtin:digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels), or a folder: a folder for each
+        class, or train/ and one of val/, valid/, validation/, test/ with a folder for each class.
+    image_size: pixels of a side. Images are scaled until the shorter side fits, then cut to the middle.
+    validation_share: of each class, where there is no folder for validation.
+    train_share: of each class's training images, so much is used.
+    on_corrupt: files that cannot be read are named and "refuse" ends there, "skip" goes on without them.
+    cache: a folder in which decoded images are kept; "" = nowhere.
+    """
+
+    source: str = DIGITS
+    image_size: int = 32
+    validation_share: float = 0.2
+    train_share: float = 1.0
+    on_corrupt: str = "refuse"
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise CorpusError(f"image_size={self.image_size} must be at least 1.")
+        if not 0 < self.validation_share < 1:
+            raise CorpusError(f"validation_share={self.validation_share} must be above 0 and below 1.")
+        if not 0 < self.train_share <= 1:
+            raise CorpusError(f"train_share={self.train_share} must be above 0 and at most 1.")
+        if self.on_corrupt not in ON_CORRUPT:
+            raise CorpusError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}.")
+
+
+class ImageDataset(Dataset[dict[str, Tensor]]):
+    """pixels (images, 3, height, width), uint8, and labels (images,), int64. An item is one of each."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        assert len(pixels) == len(labels)
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+    def rows(self, indices: Tensor) -> "ImageDataset":
+        """The images of these indices."""
+        return ImageDataset(self.pixels[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """The images to train on and to validate on. skipped: files that could not be read."""
+
+    train: ImageDataset
+    validation: ImageDataset
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def load_images(source: ImageSource) -> ImageData:
+    """Read a source and split it: the same images on the same sides every time.
+
+    Raises:
+        CorpusError: the source is missing, empty, or holds files that cannot be read.
+    """
+    if source.source == DIGITS:
+        pixels, labels, classes = _digits(source.image_size)
+        whole = ImageDataset(pixels, labels)
+        return _split(whole, classes, source, ())
+    folder = Path(source.source)
+    if not folder.is_dir():
+        raise CorpusError(f"{folder} is no folder; give a folder of images, a folder for each class, or {DIGITS!r}.")
+    held_out = next((folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()), None)
+    if (folder / "train").is_dir() and held_out is not None:
+        classes = _classes(folder / "train")
+        others = sorted(set(_classes(held_out)) - set(classes))
+        if others:
+            raise CorpusError(f"{held_out} has the class {others[0]!r}, which {folder / 'train'} lacks.")
+        train, skipped = _read_folder(folder / "train", classes, source)
+        validation, more = _read_folder(held_out, classes, source)
+        return ImageData(
+            train=_share(train, len(classes), source.train_share),
+            validation=validation,
+            classes=classes,
+            skipped=(*skipped, *more),
+        )
+    classes = _classes(folder)
+    whole, skipped = _read_folder(folder, classes, source)
+    return _split(whole, classes, source, skipped)
+
+
+def _split(whole: ImageDataset, classes: Sequence[str], source: ImageSource, skipped: tuple[str, ...]) -> ImageData:
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    held_out, kept = [], []
+    for number, name in enumerate(classes):
+        of_class = order[whole.labels[order] == number]
+        if len(of_class) < 2:
+            raise CorpusError(f"the class {name!r} has {len(of_class)} images; two are needed to train and validate.")
+        count = min(len(of_class) - 1, max(1, round(source.validation_share * len(of_class))))
+        held_out.append(of_class[:count])
+        kept.append(of_class[count:])
+    return ImageData(
+        train=_share(whole.rows(torch.cat(kept)), len(classes), source.train_share),
+        validation=whole.rows(torch.cat(held_out)),
+        classes=tuple(classes),
+        skipped=skipped,
+    )
+
+
+def _share(data: ImageDataset, classes: int, share: float) -> ImageDataset:
+    """The same share of each class, at least one image; smaller shares are parts of larger ones."""
+    if share == 1:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    kept = []
+    for number in range(classes):
+        of_class = order[data.labels[order] == number]
+        kept.append(of_class[: max(1, math.floor(share * len(of_class)))])
+    return data.rows(torch.cat(kept))
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    if len(found) < 2:
+        raise CorpusError(
+            f"{folder} holds {len(found)} folders; there must be one for each class, and at least two classes."
+        )
+    return found
+
+
+def _read_folder(folder: Path, classes: Sequence[str], source: ImageSource) -> tuple[ImageDataset, tuple[str, ...]]:
+    files = [
+        (path, number)
+        for number, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
+    if not files:
+        raise CorpusError(f"{folder} holds no image; files end in {', '.join(SUFFIXES)}.")
+    cached = Path(source.cache) / f"{_fingerprint(files, source.image_size)}.safetensors" if source.cache else None
+    found = None if cached is None else _read_cache(cached)
+    if found is None:
+        found = _decode([path for path, _ in files], source.image_size)
+        if cached is not None:
+            _write_cache(cached, *found)
+    pixels, readable = found
+    labels = torch.tensor([number for _, number in files])
+    bad = tuple(str(path) for (path, _), good in zip(files, readable.tolist(), strict=True) if not good)
+    if bad:
+        listed = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+        if source.on_corrupt == "refuse":
+            raise CorpusError(
+                f"{len(bad)} of {len(files)} files in {folder} cannot be read as images: {listed}; mend or remove "
+                "them, or set on_corrupt=skip."
+            )
+        logger.warning("%d of %d files in %s are no images and are skipped: %s", len(bad), len(files), folder, listed)
+    if not bool(readable.any()):
+        raise CorpusError(f"{folder} holds no file that can be read as an image, of {len(files)}.")
+    return ImageDataset(pixels[readable], labels[readable]), bad
+
+
+def _decode(paths: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
+    """(files, 3, size, size), uint8, zeros where a file cannot be read; and which can."""
+    pixels = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
+    readable = torch.ones(len(paths), dtype=torch.bool)
+    with progress_bar("Reading images", total=len(paths)) as advance:
+        for row, path in enumerate(paths):
+            try:
+                with Image.open(path) as image:
+                    pixels[row] = _fitted(image.convert("RGB"), size)
+            except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+                readable[row] = False
+            advance(1)
+    return pixels, readable
+
+
+def _fitted(image: Image.Image, size: int) -> Tensor:
+    width, height = image.size
+    short = min(width, height)
+    left, top = (width - short) // 2, (height - short) // 2
+    box = (left, top, left + short, top + short)
+    scaled = image.resize((size, size), Image.Resampling.BICUBIC, box=box) if short != size else image.crop(box)
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+
+
+def _fingerprint(files: Sequence[tuple[Path, int]], size: int) -> str:
+    digest = hashlib.sha256(f"{size}".encode())
+    for path, _ in files:
+        state = path.stat()
+        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(path: Path) -> tuple[Tensor, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = load_file(path)
+        return content["pixels"], content["readable"]
+    except (SafetensorError, OSError, KeyError):
+        logger.warning("%s is damaged and is made again", path)
+        return None
+
+
+def _write_cache(path: Path, pixels: Tensor, readable: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({"pixels": pixels, "readable": readable}, partial)
+    partial.replace(path)
+
+
+def _digits(size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise CorpusError(f"{DIGITS} needs scikit-learn: pip install 'transmamba[vision]'") from error
+    digits = load_digits()
+    grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    scaled = torch.nn.functional.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+    pixels = scaled.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    return pixels, torch.tensor(digits.target, dtype=torch.int64), tuple(str(name) for name in digits.target_names)

@@ -1,0 +1,90 @@
+"""The teacher's tokens in the order of a student's scan, and how near the student's features are to them.
+
+Letters: m a direction, i a layer of the student, t a step of the scan, pi_m(t) the raster index of the patch visited
+there. With Y the student's features of direction m in scan order, before the directions are merged,
+
+    c_im = mean over t of cos( P(Y_im[t]), T_g(i)[pi_m(t)] )
+
+Means over patches do not change when the order does, so the comparison is token by token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate, layer_norm
+
+from transmamba.errors import InputError
+from transmamba.modules import DirectionOutput
+from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
+
+CLASS_TOKENS = ("move", "leave")
+
+
+def teacher_in_order(
+    tokens: Tensor,
+    num_others: int,
+    grid: Sequence[int],
+    direction: DirectionOutput,
+    *,
+    class_token: str = "move",
+) -> tuple[Tensor, Tensor]:
+    """The teacher's tokens, (batch, steps, hidden_size), in the order of a scan, and the steps of the scan they are of.
+
+    tokens (batch, num_others + patches, hidden_size), patches in raster order over grid. Where the student has a class
+    token, the teacher's is moved there ("move"), or that step is left out ("leave"). On another grid than the
+    student's, the teacher's patches are resized, bilinearly.
+
+    Raises:
+        InputError: the student scans a video.
+    """
+    if class_token not in CLASS_TOKENS:
+        raise InputError(f"class_token={class_token!r} is unknown; choose {' or '.join(map(repr, CLASS_TOKENS))}.")
+    if len(direction.grid) != 2:
+        raise InputError(
+            f"the student scans a video of {' x '.join(map(str, direction.grid))} patches and the teacher an image; "
+            "give a student of images."
+        )
+    patches = _on_grid(tokens[:, num_others:], grid, direction.grid)
+    is_patch = direction.patches != TOKEN_WITHOUT_PATCH
+    if bool(is_patch.all()) or class_token == "leave":
+        steps = is_patch.nonzero().squeeze(1)
+        return patches[:, direction.patches[steps]], steps
+    both = torch.cat([tokens[:, :1], patches], dim=1)
+    return both[:, direction.patches + 1], torch.arange(len(direction.patches), device=tokens.device)
+
+
+def direction_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return c: the mean over tokens and batch of the cosine of standardised features; both (batch, steps, width).
+
+    Standardised: layer norm without parameters, so that neither a mean nor a scale of the features counts. fp32, or
+    fp64 for fp64 inputs.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    width = (student.shape[-1],)
+    ours, theirs = (layer_norm(x.to(dtype), width) for x in (student, teacher))
+    return cosine_similarity(ours, theirs, dim=-1).mean()
+
+
+def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target: str = "mapped") -> int:
+    """g(i): the block of the teacher, from 0, that a layer of the student, from 0, is compared with.
+
+    "mapped": the block at the same share of the depth; in a deeper student, each block serves several layers in a row.
+    "final": the last block.
+    """
+    if target == "final":
+        return teacher_layers - 1
+    if target != "mapped":
+        raise InputError(f"target={target!r} is unknown; choose 'mapped' or 'final'.")
+    share = (layer + 1) * teacher_layers
+    if student_layers > teacher_layers:
+        return -(-share // student_layers) - 1
+    return (2 * share + student_layers) // (2 * student_layers) - 1
+
+
+def _on_grid(patches: Tensor, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    if tuple(grid) == tuple(wanted):
+        return patches
+    image = patches.transpose(1, 2).unflatten(2, tuple(grid)).float()
+    resized = interpolate(image, size=tuple(wanted), mode="bilinear", align_corners=False, antialias=True)
+    return resized.flatten(2).transpose(1, 2).to(patches.dtype)

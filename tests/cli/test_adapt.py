@@ -1,0 +1,63 @@
+"""transmamba adapt."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.adaptations import write_teacher
+from transmamba.cli.main import main
+
+SMALL = {
+    "hidden_size": "12",
+    "num_hidden_layers": "2",
+    "images.image_size": "8",
+    "images.train_share": "0.05",
+    "batch_size": "32",
+    "epochs": "1",
+}
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    named = {"--teacher": folder / "teacher", "--student": "vim_tiny", "--output": folder / "run", "--device": "cpu"}
+    given = [str(text) for pair in named.items() for text in pair]
+    return ["adapt", *given, *(word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")), *more]
+
+
+def test_a_student_is_adapted_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_teacher(tmp_path)
+    assert main(flags(tmp_path, "--recipe", "adapt_v1")) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("top-1", "top-5", "of the parameters", "report"))
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["loss"]["version"] == "v1"
+
+
+def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_teacher(tmp_path)
+    assert main(flags(tmp_path, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "(deit) -> vim, ranking magnitude" in out
+    assert "backbone.layers.1.mixer.in_proj.weight[0:24]" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--task", "retrieval"], "task='retrieval' is unknown; there is image-classification"),
+        (["--recipe", "adapt_v3"], "There is no recipe 'adapt_v3'. Did you mean 'adapt_v1'?"),
+        (["--set", "loss.layer_weights=best"], "layer_weights='best' is unknown"),
+        (["--data", "nowhere"], "nowhere is no folder"),
+        (["--set", "images.image_size=16"], "set images.image_size=8"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    write_teacher(tmp_path)
+    capsys.readouterr()
+    assert main(flags(tmp_path, *more)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
