@@ -166,7 +166,7 @@ class Code:
         (lambda w: w.clear(), "holds no tensors"),
         (lambda w: w.update({"extra": Code()}), "beside its weights"),
     ],
-    ids=str,
+    ids=["lacking", "unknown", "shape", "no square", "no family", "empty", "code"],  # workers must agree on them
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     weights: dict[str, Any] = vim_weights()
