@@ -62,7 +62,7 @@ def check(inputs: Inputs, *, factor: float = 1.0) -> None:
         assert relative_rms_error(a, b) < once + 4 * bound, name
 
 
-@pytest.mark.parametrize("groups", [(None, None), (1, 1), (2, 2), (2, 1), (2, 3), (6, None)], ids=str)
+@pytest.mark.parametrize("groups", [(None, None), (1, 1), (2, 2), (2, 3), (3, None)], ids=str)
 def test_every_grouping(groups: tuple[int | None, int | None]) -> None:
     check(selective_inputs(groups=groups, seq_len=TOKENS + 1, batch=1, dtype=torch.float32))
 
@@ -76,7 +76,7 @@ def test_no_rows_at_all() -> None:
     check(selective_inputs(batch=0, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("seq_len", [8 * TOKENS, 4 * TOKENS + 3, 11 * TOKENS + 1])
+@pytest.mark.parametrize("seq_len", [4 * TOKENS + 3, 6 * TOKENS, 10 * TOKENS + 1])
 def test_rows_cut_into_segments(monkeypatch: pytest.MonkeyPatch, seq_len: int) -> None:
     with tuned(monkeypatch, whole=10**6, programs=10**6):
         inputs = selective_inputs(groups=(None, 1), seq_len=seq_len, dtype=torch.float32, dim=3, batch=1, state_size=3)
@@ -87,10 +87,10 @@ def test_rows_cut_into_segments(monkeypatch: pytest.MonkeyPatch, seq_len: int) -
 
 @pytest.mark.parametrize("absent", ["D", "z", "delta_bias", "initial_state"])
 def test_optional_inputs_may_be_absent(monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
-    inputs = selective_inputs(groups=(1, 1), seq_len=7 * TOKENS, batch=1, leave_out=(absent,), dtype=torch.float32)
-    check(inputs)
+    inputs = partial(selective_inputs, groups=(1, 1), batch=1, leave_out=(absent,), dtype=torch.float32)
+    check(inputs(seq_len=TOKENS + 1))
     with tuned(monkeypatch, whole=10**6, programs=10**6):
-        check(inputs)
+        check(inputs(seq_len=6 * TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_vanishing_decays_forget_and_stay_finite() -> None:
 
 
 def test_any_strides_are_read_and_no_input_is_written() -> None:
-    inputs = selective_inputs(seq_len=9, groups=(1, None), dtype=torch.float32)
+    inputs = selective_inputs(seq_len=6, groups=(1, None), dtype=torch.float32)
     names = ("u", "delta", "z", "B", "C")
     strided = {name: inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2) for name in names}
     strided |= {"A": inputs["A"].T.contiguous().T, "D": inputs["D"].repeat_interleave(2)[::2]}
@@ -143,7 +143,7 @@ def test_any_strides_are_read_and_no_input_is_written() -> None:
     given = inputs | strided
     check(given)
     assert all(torch.equal(strided[name], kept[name]) for name in kept)
-    check(given | {"delta": inputs["delta"][:, :1].expand(-1, 6, -1), "z": inputs["z"][..., :1].expand(-1, -1, 9)})
+    check(given | {"delta": inputs["delta"][:, :1].expand(-1, 6, -1), "z": inputs["z"][..., :1].expand(-1, -1, 6)})
 
 
 def test_gradients_of_any_strides_are_understood() -> None:
@@ -157,7 +157,7 @@ def test_gradients_of_any_strides_are_understood() -> None:
 
 
 def test_the_state_alone_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = selective_inputs(seq_len=7 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
+    inputs = selective_inputs(seq_len=6 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
 
     def state(op: Any, **leaves: Tensor) -> Tensor:
         return op(**leaves)[1]
@@ -169,7 +169,7 @@ def test_the_state_alone_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = selective_inputs(seq_len=7 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
+    inputs = selective_inputs(seq_len=6 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
     with tuned(monkeypatch, whole=10**6, programs=10**6):
         runs = [(*scan(**inputs), *gradients(scan, inputs)) for _ in range(5 if DEVICE.type == "cuda" else 2)]
     for run in runs[1:]:
@@ -193,7 +193,7 @@ def test_every_bound_would_show_a_wrong_recurrence(fault: str) -> None:
 
 
 def test_a_segment_that_forgot_the_one_before_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = selective_inputs(seq_len=7 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
+    inputs = selective_inputs(seq_len=6 * TOKENS, groups=(1, 1), batch=1, dtype=torch.float32)
     recur = launches()._recur
 
     def forgetful(*args: Any, reverse: bool) -> Tensor:
