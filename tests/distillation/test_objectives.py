@@ -10,8 +10,16 @@ from transformers import PreTrainedModel
 from tests.conversion.checkpoints import SOURCES, tiny_source
 from tests.distillation.students import packed_batch, pair
 from tests.helpers import relative_rms_error
-from transmamba.distillation import DenseTarget, GivenTarget, LogitObjective, OnlineTeacher
+from transmamba.distillation import (
+    AlignmentObjective,
+    DenseTarget,
+    GivenTarget,
+    LogitObjective,
+    OnlineTeacher,
+    output_errors,
+)
 from transmamba.errors import InputError
+from transmamba.modules import SSM_PARAMETERS
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "SmolLM3", "GPT-2"])
@@ -49,6 +57,25 @@ def test_micro_batches_add_up_to_the_whole_step() -> None:
     halves = [{name: x[row : row + 1] for name, x in batch.items()} for row in (0, 1)]
     added = sum(objective(student, {**half, "num_items_in_batch": number})[0] for half in halves)
     assert relative_rms_error(torch.as_tensor(added), whole) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["logits", "mixers"])
+def test_a_step_in_which_no_layer_switches_leaves_the_state_space_as_it_was(kind: str) -> None:
+    source, student = pair(schedule=(None, 24, 30))
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.rpartition(".mixer.")[2] in SSM_PARAMETERS)
+    if kind == "logits":
+        objective: Any = LogitObjective(student, OnlineTeacher(source))
+    else:
+        objective = AlignmentObjective(student, pair()[1], output_errors)
+    loss, _ = objective(student, packed_batch())
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-6
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+    with torch.no_grad():
+        assert not objective(student, packed_batch())[0].requires_grad
 
 
 @pytest.mark.parametrize("name", list(SOURCES))

@@ -49,7 +49,7 @@ class AlignmentObjective:
         counts = layout.pack((batch["labels"] != IGNORE_INDEX)[..., None])[..., 0]
         points = [mixer.trans_point for mixer in ours]
         total = suffix_mean([errors[layer] for layer in range(len(ours))], theirs, points, counts)
-        return total / items(batch), {}
+        return differentiable(total / items(batch), self.student), {}
 
 
 class LogitObjective:
@@ -87,7 +87,18 @@ class LogitObjective:
             ce_weight=self.ce_weight,
         )
         here = counts.sum()
-        return loss / items(batch), {"kl": kl / here, "ce": ce / here}
+        return differentiable(loss / items(batch), self.student), {"kl": kl / here, "ce": ce / here}
+
+
+def differentiable(loss: Tensor, student: nn.Module) -> Tensor:
+    """The loss, with a gradient of 0 where nothing that is trained took part in it.
+
+    So it is in a step whose documents all end before the first layer switches, while only the state space is trained.
+    """
+    if loss.requires_grad or not torch.is_grad_enabled():
+        return loss
+    trained = next((parameter for parameter in student.parameters() if parameter.requires_grad), None)
+    return loss if trained is None else loss + 0 * trained.sum()
 
 
 def items(batch: Mapping[str, Any]) -> Tensor | int:
