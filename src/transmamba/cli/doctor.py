@@ -36,6 +36,7 @@ EXTRAS = {
     "peft": "LoRA adapters",
     "tensorboard": "training logs that TensorBoard shows",
     "triton": "GPU kernels",
+    "vision": "augmentation of images, and handwritten digits",
 }
 
 
