@@ -40,6 +40,7 @@ BYTES_PER_TOKEN = 4.2
 SEQ_LEN = 2048
 TARGETS = {"V9": "v9", "V9 bounded": "0,32,64,128,256,512,1024,512"}
 PLACES = ("teacher", "student", "text", "output")  # where things lay on the machine that ran it
+LEARNING_RATE = "0.001"  # of the last stage, for every recipe: better than 5e-4 and 2e-3 for this teacher (docs/log.md)
 RECIPES = ("descend", "mohawk", "plain_kl")
 
 
@@ -47,8 +48,7 @@ def main() -> None:
     options = parse()
     folder = Path(options.folder)
     if options.worker:
-        for job in json.loads(sys.stdin.read()):
-            print(json.dumps(finished_or_failed(folder, job, options)), flush=True)
+        work(folder, options)
         return
     prepare(folder, options.device)
     jobs = json.loads(Path(options.jobs).read_text()) if options.jobs else list(table(options.tokens, options.seeds))
@@ -57,9 +57,8 @@ def main() -> None:
     if "teacher" not in finished:
         write(options.output, {"name": "teacher", **score_teacher(folder, options.validation_tokens, options.device)})
     waiting = [job for job in jobs if job["name"] not in finished]
-    shares = [waiting[number :: options.parallel] for number in range(options.parallel)]
     with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(lambda share: watch_worker(share, options), shares))
+        list(pool.map(lambda _: watch_worker(waiting, options), range(options.parallel)))
 
 
 def table(tokens: int, seeds: int) -> Iterator[dict[str, Any]]:
@@ -70,7 +69,12 @@ def table(tokens: int, seeds: int) -> Iterator[dict[str, Any]]:
                 yield {
                     "name": f"{recipe}, {target}, {tokens / 1e6:g} M, seed {seed}",
                     "recipe": recipe,
-                    "set": {"schedule": schedule, "max_tokens": str(tokens), "seed": str(seed)},
+                    "set": {
+                        "schedule": schedule,
+                        "max_tokens": str(tokens),
+                        "seed": str(seed),
+                        "logits.learning_rate": LEARNING_RATE,
+                    },
                 }
 
 
@@ -122,17 +126,25 @@ def score_teacher(folder: Path, tokens: int, device: str) -> dict[str, Any]:
     }
 
 
-def watch_worker(jobs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Hand jobs to a process of their own, and write its rows as they come."""
+def watch_worker(waiting: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Hand jobs to a process of their own, one after another, and write its rows as they come."""
     command = [sys.executable, __file__, "--worker", "--folder", str(options.folder), "--device", options.device]
-    command += ["--validation-tokens", str(options.validation_tokens)]
+    command += ["--validation-tokens", str(options.validation_tokens), "--parallel", str(options.parallel)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(json.dumps(jobs))
+        while waiting:
+            print(json.dumps(waiting.pop(0)), file=worker.stdin, flush=True)
+            write(options.output, json.loads(worker.stdout.readline()))
         worker.stdin.close()
-        for line in worker.stdout:
-            write(options.output, json.loads(line))
+
+
+def work(folder: Path, options: argparse.Namespace) -> None:
+    """Do the jobs that come, a line each, with a share of the device's memory."""
+    if options.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(0.93 / options.parallel)
+    for line in sys.stdin:
+        print(json.dumps(finished_or_failed(folder, json.loads(line), options)), flush=True)
 
 
 def finished_or_failed(folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """softmax_attention against an explicit masked softmax: dense, with a past, packed and ragged."""
 
 import sys
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.ops.cases import BORDERS, FAULT_FACTOR, FP64_BOUND, Inputs, gradients
 from tests.ops.oracle import ATTENTION_FAULTS, oracle_attention
 from transmamba.ops import softmax_attention
 from transmamba.ops.softmax_attention import softmax_attention_reference, softmax_attention_torch
-from transmamba.ops.softmax_attention.torch import _documents_by_length, _rounded_up
+from transmamba.ops.softmax_attention.torch import _documents_by_length, _rounded_up, without_cudnn
 
 BACKENDS = ("reference", "torch")
 HEADS = {
@@ -197,3 +198,34 @@ def test_rounding_adds_at_most_a_quarter_to_long_documents() -> None:
     rounded_up = sys.modules["transmamba.ops.softmax_attention.torch"]._rounded_up
     assert all(n <= rounded_up(n) <= max(n + 15, n * 1.25) for n in range(1, 5000))
     assert len({rounded_up(n) for n in range(1, 2049)}) < 25
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_heads_that_no_kernel_shares_are_repeated(past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def no_kernel(q: Tensor, k: Tensor, *_: object) -> bool:
+        asked.append(k.shape[1])
+        return False
+
+    monkeypatch.setattr(sys.modules[softmax_attention_torch.__module__], "_reads_groups", no_kernel)
+    inputs = attention_inputs((8, 2, 2), keys=9 + past)
+    y = softmax_attention(**inputs, backend="torch")
+    assert asked == [2]
+    assert relative_rms_error(y, oracle_attention(**inputs)) < FP64_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cudnn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_heads_make_no_matrix_on_a_card(dtype: torch.dtype, cudnn: bool) -> None:
+    length, heads = 2048, (8, 4, 4)
+    shapes = [(4, length, count, 64) for count in heads]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with nullcontext() if cudnn else without_cudnn(q.device):
+        softmax_attention(q, k, v).sum().backward()
+    matrix = 4 * heads[0] * length**2 * 4  # bytes of the weights in fp32
+    assert torch.cuda.max_memory_allocated() - before < matrix / 2

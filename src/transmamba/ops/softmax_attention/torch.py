@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -47,7 +48,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: T
         q, k, v = (expand_heads(x, heads, dim=2) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     shared = k.shape[1] != heads
+    if shared and not _reads_groups(q, k, v, mask, is_causal):
+        k, v, shared = expand_heads(k, heads, dim=1), expand_heads(v, heads, dim=1), False
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shared).transpose(1, 2)
+
+
+def _reads_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether a fused kernel reads heads of keys and values that queries share; otherwise torch would, silently, make
+    the whole matrix of weights, of which fp32, masks and GPUs without flash attention are cases.
+    """
+    if q.device.type != "cuda":
+        return True
+    if torch.compiler.is_compiling():
+        return mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    call = SDPAParams(q, k, v, mask, 0.0, is_causal, True)
+    return can_use_flash_attention(call) or can_use_cudnn_attention(call)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, borders: tuple[int, ...]) -> Tensor:
