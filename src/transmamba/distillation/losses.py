@@ -5,28 +5,16 @@ caller's. Letters: r rows, one for each token that counts, v entries of the voca
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from transmamba.errors import InputError
-from transmamba.ops.logit_distillation import against, compare_logits, logit_gradient
+from transmamba.ops.logit_distillation import against, logit_gradient
 
 LOGITS_AT_ONCE = 1 << 26  # elements of one (r, v) tensor, 256 MiB in fp32; about five of them are alive at a time
-
-
-class LogitTarget(Protocol):
-    """What a teacher says of the next token, for the rows of a batch."""
-
-    def __len__(self) -> int: ...
-
-    def compare(self, rows: slice, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the teacher's distribution (r, v) and KL(teacher || student), (r,), of these rows.
-
-        student: the student's log-probabilities at this temperature, (r, v).
-        """
 
 
 @dataclass(frozen=True)
@@ -47,9 +35,6 @@ class DenseTarget:
         """The teacher's logits of these rows, (r, v or more)."""
         return linear(self.hidden[rows], self.head, self.bias)
 
-    def compare(self, rows: slice, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return compare_logits(self.logits(rows), student, temperature)
-
 
 @dataclass(frozen=True)
 class GivenTarget:
@@ -63,9 +48,6 @@ class GivenTarget:
     def logits(self, rows: slice) -> Tensor:
         """The teacher's logits of these rows, (r, v or more)."""
         return self.all_logits[rows]
-
-    def compare(self, rows: slice, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return compare_logits(self.logits(rows), student, temperature)
 
 
 @dataclass(frozen=True)
@@ -84,6 +66,10 @@ class TopKTarget:
         return len(self.ids)
 
     def compare(self, rows: slice, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the teacher's distribution (r, v) and KL(teacher || student), (r,), of these rows.
+
+        student: the student's log-probabilities at this temperature, (r, v).
+        """
         if temperature != self.temperature:
             raise InputError(
                 f"temperature={temperature:g} differs from {self.temperature:g}, at which the teacher's logits were "
@@ -98,6 +84,9 @@ class TopKTarget:
         # The gradient of "another token" is that of a teacher who shares its rest out as the student does.
         target = student.exp() * (rest / student_rest)[:, None]
         return target.scatter(1, ids, top), kl
+
+
+LogitTarget = DenseTarget | GivenTarget | TopKTarget  # what a teacher says of the next token, for the rows of a batch
 
 
 def logit_loss(
@@ -197,7 +186,7 @@ def _of_logits(
     ce_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL and CE of these rows, (r,), and the gradient of their logits, which may lie where the logits were."""
-    if isinstance(target, DenseTarget | GivenTarget):
+    if not isinstance(target, TopKTarget):
         teacher = target.logits(rows) if kl_weight else None
         return logit_gradient(logits, labels, teacher, temperature, kl_weight, ce_weight, overwrite=True)
 

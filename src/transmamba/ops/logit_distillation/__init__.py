@@ -10,14 +10,13 @@ from transmamba.ops.precision import outside_autocast
 
 from .gradient import LogitDistillation, logit_gradient
 from .reference import logit_distillation_reference
-from .torch import IGNORE_INDEX, against, compare_logits, logit_distillation_torch
+from .torch import IGNORE_INDEX, against, logit_distillation_torch
 
 __all__ = [
     "IGNORE_INDEX",
     "LogitDistillation",
     "LogitLosses",
     "against",
-    "compare_logits",
     "logit_distillation",
     "logit_distillation_reference",
     "logit_distillation_torch",
