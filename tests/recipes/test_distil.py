@@ -33,6 +33,7 @@ from transmamba.recipes import (
     find_distillation,
     record_teacher,
 )
+from transmamba.recipes.fit import fit
 
 ONE_STAGE: dict[str, Any] = {"matrices": AlignmentStage(), "mixers": AlignmentStage()}
 STEPS = {"matrices": 4, "mixers": 6, "logits": 10}
@@ -127,6 +128,31 @@ def test_a_kill_costs_only_what_came_after_the_last_checkpoint(
     whole = distil(replace(run, output=str(tmp_path / "whole")), device="cpu")
     assert {name: history.training[-1].step for name, history in whole.histories.items()} == STEPS
     assert_identical(resumed, whole)
+
+
+def test_every_stage_computes_in_bf16_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[torch.dtype]] = {}
+    stage = ""
+    linear = torch.nn.functional.linear
+
+    def watched_linear(x: Tensor, *args: Any) -> Tensor:
+        y = linear(x, *args)
+        if stage and y.requires_grad:
+            seen.setdefault(stage, set()).add(y.dtype)
+        return y
+
+    def watched_fit(*args: Any, description: str, **kwargs: Any) -> Any:
+        nonlocal stage
+        stage = description
+        try:
+            return fit(*args, description=description, **kwargs)
+        finally:
+            stage = ""
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched_linear)
+    monkeypatch.setattr(sys.modules["transmamba.recipes.distil"], "fit", watched_fit)
+    distil(toy_distillation(tmp_path, dtype="bfloat16"), device="cpu")
+    assert seen == {f"Stage {name}": {torch.bfloat16} for name in ("1-matrices", "2-mixers", "3-logits")}
 
 
 def test_resuming_what_is_finished_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,10 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # Unwrapping leaves this mark, at which the next training of the same model would go on without bf16.
+    vars(trained).pop("_is_accelerate_prepared", None)
+    return trained
 
 
 def validate(model: Any, dataset: Any, run: TrainingRun) -> dict[str, float]:

@@ -121,7 +121,9 @@ class TransMambaTrainer(Trainer):
         assert not return_outputs, "evaluate_fn evaluates"
         step = self.state.global_step + 1
         try:
-            loss, metrics = self.loss_fn(model, {**inputs, "num_items_in_batch": num_items_in_batch})
+            # The model computes in bf16 by itself; what a loss computes beside it (a head, a teacher) needs this.
+            with self.accelerator.autocast():
+                loss, metrics = self.loss_fn(model, {**inputs, "num_items_in_batch": num_items_in_batch})
         except InputError as error:
             raise RecipeError(
                 f"Step {step}: {error} If the values grew from step to step: {self._way_out()}"
