@@ -58,7 +58,9 @@ def launch(
 
 def goes_around_registration(*tensors: Tensor | None) -> bool:
     """Whether an op may compute on these at once: nobody traces, transforms or watches what torch calls."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    # The second and third are what torch itself asks, for dispatch modes and for torch.func's transforms.
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or watched:
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 

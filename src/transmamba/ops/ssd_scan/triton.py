@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transmamba.ops.launching import goes_around_registration
+from transmamba.ops.rooms import Rooms
 
 from . import launches
 
@@ -34,16 +35,21 @@ def ssd_scan_triton(
     initial_state: Tensor | None = None,
     before: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    rooms: Rooms | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, final state); see ssd_scan. y begins with `before`, (batch, any length, heads, head_dim)."""
+    """Return (y, final state); see ssd_scan. y begins with `before`, (batch, any length, heads, head_dim).
+
+    rooms: that q, k and v were split by, if they are second parts.
+    """
     borders = None if cu_seqlens is None else list(cu_seqlens)
     n, p = k.shape[-1], v.shape[-1]
     if n % SIZE_STEP or p % SIZE_STEP:
         q, k, v = (pad_columns(x) for x in (q, k, v))
         before = None if before is None else pad_columns(before)
         initial_state = None if initial_state is None else pad_state(initial_state)
+        rooms = None
     inputs = (q, k, v, dt, A, D, initial_state, before)
-    y, state, *_ = _call(ssd_scan_op, launches.run_scan, _Scan, inputs, borders)
+    y, state, *_ = _call(ssd_scan_op, launches.run_scan, _Scan, inputs, borders, rooms)
     return (y[..., :p], state[..., :n, :p]) if y.shape[-1] != p or state.shape[-2] != n else (y, state)
 
 
@@ -77,12 +83,19 @@ def pad_state(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % SIZE_STEP, 0, -x.shape[-2] % SIZE_STEP))
 
 
-def _call(op: Any, run: Any, function: Any, tensors: tuple[Tensor | None, ...], borders: list[int] | None) -> Any:
+def _call(
+    op: Any,
+    run: Any,
+    function: Any,
+    tensors: tuple[Tensor | None, ...],
+    borders: list[int] | None,
+    rooms: Rooms | None = None,
+) -> Any:
     """Call the registered op, or what it stands for where nobody would see the difference."""
     if not goes_around_registration(*tensors):
         return op(*tensors, borders)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return function.apply(*tensors, borders)
+        return function.apply(rooms, *tensors, borders)
     return run(*tensors, borders)
 
 
@@ -121,12 +134,15 @@ def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> N
     ctx.shape = output[0].shape
 
 
-def _scan_gradients(run: Any, ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _scan_gradients(
+    run: Any, ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any, rooms: tuple[Any, ...] = ()
+) -> tuple[Any, ...]:
     D, initial_state = ctx.saved_tensors[5:7]
     if dy is None:
         dy = ctx.saved_tensors[2].new_zeros(ctx.shape)
     d_before, d_after = (dy[:, : ctx.offset], dy[:, ctx.offset :]) if ctx.has_before else (None, dy)
-    dq, dk, dv, ddt, dA, dD, dstate = run(d_after, dfinal, *ctx.saved_tensors, ctx.borders)
+    gradients = run(d_after, dfinal, *ctx.saved_tensors, ctx.borders, *rooms)
+    dq, dk, dv, ddt, dA, dD, dstate = gradients
     dD, dstate = (None if D is None else dD), (None if initial_state is None else dstate)
     return dq, dk, dv, ddt, dA, dD, dstate, d_before, None
 
@@ -138,15 +154,20 @@ class _Scan(torch.autograd.Function):
     """The same gradients without the registration."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rooms: Rooms | None, *inputs: Any) -> tuple[Tensor, ...]:
         output = launches.run_scan(*inputs)
         _keep_scan(ctx, inputs, output)
+        ctx.rooms = rooms
         return output[:2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        return _scan_gradients(launches.run_scan_backward, ctx, *gradients)
+        rooms: tuple[Any, ...] = ()
+        if ctx.rooms is not None:
+            q, k, v, dt = ctx.saved_tensors[:4]
+            rooms = ([*ctx.rooms.make(q, k, v), torch.empty_like(dt, memory_format=torch.contiguous_format)],)
+        return None, *_scan_gradients(launches.run_scan_backward, ctx, *gradients, rooms=rooms)
 
 
 memory_converter_op = torch.library.custom_op(
@@ -192,7 +213,7 @@ class _Converter(torch.autograd.Function):
     """The same gradients without the registration."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, _: None, *inputs: Any) -> tuple[Tensor, ...]:
         output = launches.run_converter(*inputs)
         _keep_converter(ctx, inputs, output)
         return output[:1]
@@ -200,7 +221,7 @@ class _Converter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        return _converter_gradients(launches.run_converter_backward, ctx, *gradients)
+        return None, *_converter_gradients(launches.run_converter_backward, ctx, *gradients)
 
 
 def _apart(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
