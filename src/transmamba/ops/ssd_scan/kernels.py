@@ -1,7 +1,8 @@
 """The Triton kernels of ssd_scan and memory_converter. A program carries the state of one head over one segment.
 
-Letters: L tokens of a chunk, N state_size, P head_dim; S the running sum of dt A within the chunk, f_j = dt_j exp(S_L -
-S_j) what is left of token j at the chunk's end, e_i = exp(S_i). S and dt lie in (heads, chunks * L), where places
+Letters: L tokens of a chunk, N state_size, P head_dim; S the running sum of dt A / ln 2 within the chunk, f_j = dt_j
+2^(S_L - S_j) what is left of token j at the chunk's end, e_i = 2^S_i. Powers of two, since one instruction computes
+them, where one of e takes five. S and dt lie in (heads, chunks * L), where places
 behind a segment's end have dt = 0 and the last S; `decays` holds S and after it dt. Derivation: docs/ops/ssd_scan.md.
 
 No kernel transposes what a product has left in registers: Triton 3.4 to 3.7.0 gets that wrong on Hopper
@@ -58,7 +59,7 @@ def decay_kernel(dt, A, decays, segments, dt_b, dt_t, dt_h, A_h, heads, places, 
     place = dt + batch * dt_b + (start + token)[:, None] * dt_t + head.to(tl.int64)[None, :] * dt_h
     step = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     rate = tl.load(A + head * A_h, mask=head < heads, other=0.0).to(tl.float32)
-    total = tl.cumsum(step * rate[None, :], axis=0)
+    total = tl.cumsum(step * (rate * 1.4426950408889634)[None, :], axis=0)
     out = head.to(tl.int64)[None, :] * places + ((first_chunk + chunk) * L + tl.arange(0, L))[:, None]
     keep = (head < heads)[None, :] & (token >= 0)[:, None]
     tl.store(decays + out, total, mask=keep)
@@ -104,12 +105,12 @@ def state_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carry a state over a segment: h <- exp(S_L) h + sum_j f_j x_j z_j^T, or in reverse with e_i in place of f_j.
+    """Carry a state over a segment: h <- 2^S_L h + sum_j f_j x_j z_j^T, or in reverse with e_i in place of f_j.
 
     Forward, x and z are keys and values; in reverse, queries and the output's gradient.
     ENTERING: start from `entering`, one state per segment and head, or with BY_ROW one per row and group of heads, of
     which only the first takes it; zeros otherwise. STORE_CHUNKS: write the state that enters each chunk. STORE_LEFT:
-    write the state at the segment's end, and the sum of dt A over the segment. STORE_END: write the state at the row's
+    write the state at the segment's end, and the sum of dt A / ln 2 over the segment. STORE_END: write the state at the row's
     end (in reverse, its beginning).
     """
     index = tl.program_id(0)
@@ -147,14 +148,14 @@ def state_kernel(
         S_c = tl.load(decays + vector + rows)
         S_end = tl.load(decays + vector + chunk * L + L - 1)
         if REVERSE:
-            weight = tl.exp(S_c)
+            weight = tl.exp2(S_c)
         else:
-            weight = tl.load(decays + dt_vector + rows) * tl.exp(S_end - S_c)
+            weight = tl.load(decays + dt_vector + rows) * tl.exp2(S_end - S_c)
         if STORE_CHUNKS:
             place = chunk_states + tl.cast(chunk, tl.int64) * heads * plane_size + plane
             tl.store(place, h.to(chunk_states.dtype.element_ty), mask=stored)
         written = (z_c.to(tl.float32) * weight[:, None]).to(DOT)
-        h = tl.dot(tl.trans(x_c), written, acc=h * tl.exp(S_end), input_precision=PRECISION)
+        h = tl.dot(tl.trans(x_c), written, acc=h * tl.exp2(S_end), input_precision=PRECISION)
         total += S_end
     if STORE_LEFT:
         tl.store(left + (segment.to(tl.int64) * heads + head) * plane_size + plane, h, mask=stored)
@@ -200,7 +201,7 @@ def recur_kernel(
         segment = after - 1 - i if REVERSE else first + i
         at = (segment.to(tl.int64) * heads + head) * plane_size + place
         tl.store(entering + at, h, mask=mask)
-        decay = tl.exp(tl.load(log_decay + segment.to(tl.int64) * heads + head))
+        decay = tl.exp2(tl.load(log_decay + segment.to(tl.int64) * heads + head))
         h = h * decay + tl.load(left + at, mask=mask, other=0.0)
     if STORE_FINAL:
         tl.store(final + (row.to(tl.int64) * heads + head) * plane_size + place, h, mask=mask)
@@ -293,22 +294,22 @@ def scan_kernel(
         step = tl.load(decays + dt_vector + rows)
         S_end = tl.load(decays + vector + chunk * L + L - 1)
         scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        scores *= tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
-        y_c = tl.dot(q_c, h.to(DOT), input_precision=PRECISION) * tl.exp(S_c)[:, None]
+        scores *= tl.exp2(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
+        y_c = tl.dot(q_c, h.to(DOT), input_precision=PRECISION) * tl.exp2(S_c)[:, None]
         y_c = tl.dot(scores.to(DOT), v_c, acc=y_c, input_precision=PRECISION)
         if SKIP:
             y_c += skip * v_c.to(tl.float32)
         place = y + rows.to(tl.int64)[:, None] * y_t + p[None, :]
         tl.store(place, y_c.to(y.dtype.element_ty), mask=inside[:, None] & (p < size_p)[None, :])
-        written = (v_c.to(tl.float32) * (step * tl.exp(S_end - S_c))[:, None]).to(DOT)
-        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp(S_end), input_precision=PRECISION)
+        written = (v_c.to(tl.float32) * (step * tl.exp2(S_end - S_c))[:, None]).to(DOT)
+        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp2(S_end), input_precision=PRECISION)
     if is_last * (head % state_group == 0) != 0:
         tl.store(final + (row * state_heads + state_head) * plane_size + plane, h, mask=stored)
 
 
 @triton.jit
 def rest_kernel(decays, out, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
-    """Sums of dt A from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
+    """Sums of dt A / ln 2 from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = tl.load(first_of_row + row)
@@ -421,15 +422,15 @@ def gradient_kernel(
     S_c = tl.load(decays + vector + within)
     step = tl.load(decays + dt_vector + within)
     S_end = tl.load(decays + vector + L - 1)
-    from_start = tl.exp(S_c)
+    from_start = tl.exp2(S_c)
     if READS:
         dh_base = dstates + (place * heads + head) * plane_size
         remaining = 1.0
-        to_end = tl.exp(S_end - S_c)
+        to_end = tl.exp2(S_end - S_c)
     else:
         dh_base = dstates + (row * heads + head) * plane_size
-        remaining = tl.exp(tl.load(rest + (head // dt_group).to(tl.int64) * (places // L) + place))
-        to_end = tl.exp(S_end - S_c) * remaining
+        remaining = tl.exp2(tl.load(rest + (head // dt_group).to(tl.int64) * (places // L) + place))
+        to_end = tl.exp2(S_end - S_c) * remaining
     read = tl.zeros((L,), tl.float32)
     over = tl.zeros((L,), tl.float32)
 
@@ -452,7 +453,7 @@ def gradient_kernel(
             diagonal = tl.where(within[:, None] == within[None, :], dscores, 0.0)
             tl.store(dA + (places // L + place) * heads + head, tl.sum(diagonal))
         future = within[:, None] <= within[None, :]
-        decay = tl.exp(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
+        decay = tl.exp2(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
         dscores *= decay
         pairs = scores * dscores
         read = tl.sum(pairs, axis=1)  # by all tokens, of token j; per unit of dt_j
@@ -460,7 +461,7 @@ def gradient_kernel(
         scores_dot = (scores * decay * step[:, None]).to(DOT)
         dscores_dot = dscores.to(DOT)
         past = within[:, None] >= within[None, :]
-        decay_i = tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf")))
+        decay_i = tl.exp2(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf")))
         dscores_i_dot = (dscores_i * decay_i * step[None, :]).to(DOT)
         over += tl.cumsum(gained - read * step, axis=0, reverse=True)
 
@@ -513,7 +514,7 @@ def gradient_kernel(
         tl.store(dk + out, (dk_n * step[:, None]).to(dk.dtype.element_ty), mask=mask)
 
     # dt_t A decays what passes over token t: pairs j < t <= i, of which i, j or both may lie outside the chunk.
-    over += tl.cumsum(kept * step, axis=0) - kept * step + passing * tl.exp(S_end) * remaining
+    over += tl.cumsum(kept * step, axis=0) - kept * step + passing * tl.exp2(S_end) * remaining
     if READS:
         over += tl.cumsum(carried, axis=0, reverse=True)
     rate = tl.load(A + (head // dt_group) * A_h).to(tl.float32)

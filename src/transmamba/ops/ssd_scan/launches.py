@@ -516,7 +516,7 @@ def _recur(
 
 
 def _rest(job: Job, decays: Tensor) -> Tensor:
-    """The sum of dt A from each chunk's end to its row's, (dt_heads, chunks)."""
+    """The sum of dt A / ln 2 from each chunk's end to its row's, (dt_heads, chunks)."""
     rest = torch.empty(job.dt_heads, job.num_chunks, dtype=torch.float32, device=decays.device)
     _run_rest(job, decays, rest, whole_rows=False)
     return rest
@@ -526,7 +526,7 @@ def _whole_decays(job: Job, decays: Tensor) -> Tensor:
     """How much of a state is left after each row, (rows, state_heads, 1, 1)."""
     log_decay = torch.empty(job.num_rows, job.dt_heads, dtype=torch.float32, device=decays.device)
     _run_rest(job, decays, log_decay, whole_rows=True)
-    return log_decay.exp().repeat_interleave(job.state_heads // job.dt_heads, dim=1)[..., None, None]
+    return log_decay.exp2().repeat_interleave(job.state_heads // job.dt_heads, dim=1)[..., None, None]
 
 
 def _run_rest(job: Job, decays: Tensor, out: Tensor, *, whole_rows: bool) -> None:
