@@ -110,7 +110,7 @@ def state_kernel(
     Forward, x and z are keys and values; in reverse, queries and the output's gradient.
     ENTERING: start from `entering`, one state per segment and head, or with BY_ROW one per row and group of heads, of
     which only the first takes it; zeros otherwise. STORE_CHUNKS: write the state that enters each chunk. STORE_LEFT:
-    write the state at the segment's end, and the sum of dt A / ln 2 over the segment. STORE_END: write the state at the row's
+    write the state at the segment's end, and the segment's sum of dt A / ln 2. STORE_END: write the state at the row's
     end (in reverse, its beginning).
     """
     index = tl.program_id(0)
@@ -309,7 +309,7 @@ def scan_kernel(
 
 @triton.jit
 def rest_kernel(decays, out, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
-    """Sums of dt A / ln 2 from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
+    """Sums of dt A / ln 2 from chunks' ends to rows', (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = tl.load(first_of_row + row)
