@@ -7,8 +7,9 @@ and then takes all chunks at once; it keeps the decays of forward. Nothing is ad
 entry write a part each, and parts are summed in fp32 afterwards, so results are the same bits every time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,11 +31,15 @@ RECUR_BLOCK = 1024  # entries of a state per program of the recurrence between s
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one kernel runs. block: columns of a state per program or step; stages: of the loads' pipeline."""
+    """How one kernel runs. block: columns of a state per program or step; stages: of the loads' pipeline.
+
+    registers: the most a thread may have, so that more programs run at once; None leaves it to the compiler.
+    """
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,23 @@ def tuning_of(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
     return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients)
 
 
+@contextmanager
+def configured(**changes: Any) -> Iterator[None]:
+    """Launch otherwise within: with another chunk, programs, states, forward or gradients. For trials and tests."""
+    before = dict(_changes)
+    _changes.update(changes)
+    _job.cache_clear()
+    try:
+        yield
+    finally:
+        _changes.clear()
+        _changes.update(before)
+        _job.cache_clear()
+
+
+_changes: dict[str, Any] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything about one call but its tensors: head counts, sizes, segments, and how to launch."""
@@ -80,13 +102,11 @@ class Job:
     segments: Segments
 
     @staticmethod
-    def of(
-        q_heads: int, k: Tensor, v: Tensor, dt: Tensor, borders: Sequence[int] | None, tuning: Tuning | None = None
-    ) -> "Job":
+    def of(q_heads: int, k: Tensor, v: Tensor, dt: Tensor, borders: Sequence[int] | None) -> "Job":
         """The job of inputs of these shapes, in rows of equal length or between borders."""
         sizes = (q_heads, *k.shape, *v.shape[2:], dt.shape[2])  # symbols where torch.compile leaves a size open
         sizes = sizes if all(type(size) is int for size in sizes) else tuple(map(int, sizes))
-        return _job(*sizes, k.dtype, None if borders is None else tuple(borders), tuning)
+        return _job(*sizes, k.dtype, None if borders is None else tuple(borders))
 
     @cached_property
     def num_rows(self) -> int:
@@ -140,6 +160,8 @@ class Job:
         block_p = min(launch.block, _block(self.p))
         # tf32 holds all bits of fp16 and has the range of fp32; three products of it are as good as fp32.
         precision = {torch.bfloat16: "ieee", torch.float16: "tf32"}.get(self.dtype, "tf32x3")
+        # The interpreter knows no registers.
+        limit = {} if launch.registers is None or INTERPRETED else {"maxnreg": launch.registers}
         return {
             "L": self.tuning.chunk,
             "BLOCK_N": block_n,
@@ -151,6 +173,7 @@ class Job:
             "PRECISION": precision,
             "num_warps": launch.warps,
             "num_stages": launch.stages,
+            **limit,
         }
 
 
@@ -610,11 +633,10 @@ def _job(
     dt_heads: int,
     dtype: torch.dtype,
     borders: tuple[int, ...] | None,
-    tuning: Tuning | None,
 ) -> Job:
     state_heads = max(k_heads, v_heads, dt_heads)
     heads = max(q_heads, state_heads)
-    tuning = tuning or tuning_of(n, p, dtype)
+    tuning = replace(tuning_of(n, p, dtype), **_changes)
     chunks = batch * -(-tokens // tuning.chunk)
     blocks = -(-p // tuning.forward.block)
     # Fewer programs than asked for means longer segments; so it is for packed rows, however their borders lie.
