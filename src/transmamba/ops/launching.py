@@ -37,17 +37,16 @@ def launch(
     if not isinstance(kernel, JITFunction):  # the interpreter
         kernel[grid](*tensors, *numbers, **constants)
         return
-    address = 0
-    for x in tensors:
-        address |= x.data_ptr()
-    if address % ALIGNMENT:
+    addresses = [x.data_ptr() for x in tensors]
+    if any(address % ALIGNMENT for address in addresses):
         kernel[grid](*tensors, *numbers, **constants)
         return
     key = (id(kernel), tensors[0].device, tuple([x.dtype for x in tensors]), numbers, tuple(constants.values()))
     found = _seen.get(key)
     if found is not None:
         compiled, tail = found
-        compiled[grid](*tensors, *numbers, *tail)
+        # Addresses, which the launcher takes as they are; it would ask CUDA about every tensor.
+        compiled[grid](*addresses, *numbers, *tail)
         return
     compiled = kernel[grid](*tensors, *numbers, **constants)
     if len(_seen) >= MOST_KEPT:
