@@ -66,6 +66,8 @@ def candidates(shape: OpShape) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if shape.size <= 64:
         launch = Launch(block=64, warps=4, stages=1, registers=168)
         yield "gradients", "block 64, 4 warps, 168 registers", {"gradients": launch}
+        launch = Launch(block=64, warps=8, stages=1, registers=128)
+        yield "forward", "block 64, 8 warps, 128 registers", {"forward": launch}
     for stages in (1, 2):
         launch = Launch(block=64, warps=4, stages=stages, registers=168)
         yield "forward", f"block 64, 4 warps, {stages} stages, 168 registers", {"forward": launch}
