@@ -28,6 +28,10 @@ class Rooms:
         self._wholes = [x.new_empty(x.shape[0], self.cut + x.shape[1], *x.shape[2:]) for x in seconds]
         return [whole[:, self.cut :] for whole in self._wholes]
 
+    def forget(self) -> None:
+        """Let go of what was made."""
+        self._wholes = []
+
     def join(self, first: Tensor | None, second: Tensor | None, size: torch.Size) -> Tensor | None:
         """Return the gradient of a whole of this size; where the second part lies in its room, that is the whole."""
         given = first if second is None else second
@@ -55,7 +59,9 @@ class _Split(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip(gradients[::2], gradients[1::2], ctx.sizes, strict=True)
-        return None, *[ctx.rooms.join(first, second, size) for first, second, size in pairs]
+        wholes = [ctx.rooms.join(first, second, size) for first, second, size in pairs]
+        ctx.rooms.forget()  # else the gradients of every layer would live as long as the graph
+        return None, *wholes
 
 
 def _fill(part: Tensor, gradient: Tensor | None) -> None:
