@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,8 +45,8 @@ def main() -> None:
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
         point = inputs["q"].shape[1] // 8
         ops: dict[str, Callable[..., Any]] = {
-            "ssd_scan": lambda: ssd_scan(*leaves, validate=False),
-            f"hybrid_mixer {point}": lambda point=point: hybrid_mixer(*leaves, trans_point=point, validate=False),
+            "ssd_scan": partial(ssd_scan, *leaves, validate=False),
+            f"hybrid_mixer {point}": partial(hybrid_mixer, *leaves, trans_point=point, validate=False),
         }
         dy = torch.randn_like(inputs["q"])
         for name, op in ops.items():

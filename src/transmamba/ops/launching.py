@@ -57,9 +57,10 @@ def launch(
 
 def goes_around_registration(*tensors: Tensor | None) -> bool:
     """Whether an op may compute on these at once: nobody traces, transforms or watches what torch calls."""
-    # The second and third are what torch itself asks, for dispatch modes and for torch.func's transforms.
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling() or watched:
+    if torch.compiler.is_compiling():  # first: the next lines cannot be traced
+        return False
+    # What torch itself asks, for dispatch modes and for torch.func's transforms.
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
