@@ -52,6 +52,17 @@ def test_what_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -
     assert any(row.kind == "attention" for row in result.rows)
 
 
+def test_what_cannot_be_checked_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*inputs: Any, **options: Any) -> Exact:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "Exact", exhausted)
+    result = measure_ops(DEVICE, OpsOptions(shapes="1x40x2x16", hybrid="", points="", seconds=0.01))
+    assert not result.failures
+    assert any("cannot be checked" in line for line in result.left_out)
+    assert {row.kind for row in result.rows} == {"memory_converter"}
+
+
 @pytest.mark.parametrize("point", [0, 30, 100])
 def test_the_check_sees_every_tensor(point: int) -> None:
     """One gradient after the other is off by a fiftieth; so are the outputs."""
