@@ -18,7 +18,7 @@ ORDER = [
     {"modules"},
     {"models"},
     {"conversion", "data", "distillation", "inference", "report", "tasks"},
-    {"training"},
+    {"benchmarking", "training"},
     {"recipes"},
     {"cli"},
     {"__main__"},
@@ -30,7 +30,7 @@ ONLY_IMPORTED_BY = {"report": {"report", "recipes", "cli"}, "recipes": {"recipes
 
 # What may be absent where transmamba is imported. Inside a function, its absence can be explained.
 OPTIONAL = {
-    *("av", "datasets", "kornia", "lm_eval", "peft", "sklearn"),
+    *("av", "datasets", "fla", "kornia", "lm_eval", "mamba_ssm", "peft", "sklearn"),
     *("tensorboard", "timm", "torchcodec", "torchvision", "triton"),
 }
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2Model
 
 from transmamba import TransMambaCache, TransMambaConfig, TransMambaModel, TransPointSchedule
+from transmamba.benchmarking.timing import device_name
 
 VOCAB_SIZE = 1024  # embeddings are looked up, and no logits are computed
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -40,7 +41,7 @@ def main() -> None:
         "benchmark": "models/bench_prefill_decode",
         "command": f"python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": device_name(options.device),
+        "device": device_name(torch.device(options.device)),
         "threads": torch.get_num_threads() if options.device == "cpu" else None,
         "versions": {
             "python": platform.python_version(),
@@ -189,16 +190,6 @@ def profile_prefill(options: argparse.Namespace) -> None:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def count_parameters(model: nn.Module) -> int:

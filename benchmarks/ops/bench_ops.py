@@ -1,21 +1,18 @@
-"""Time every op's torch backend on this device, forward and with backward, after it has agreed with the reference.
+"""Time every op's plain PyTorch form on this device, after it has agreed with the reference; for choosing chunk sizes.
 
     python benchmarks/ops/bench_ops.py
     python benchmarks/ops/bench_ops.py --ops ssd_scan --chunk-sizes 16,32,64,128,256 --threads 2
 
-Medians and spread (the quartiles) go to the terminal, and with device, versions and command to benchmarks/results/.
-The processor's time of the process stands beside the clock's: on a busy machine it is the steadier of the two.
+`transmamba bench ops` compares the fastest form here with others; this script has every op, and each chunk size. The
+processor's time stands beside the clock's: on a busy machine it is the steadier of the two.
 """
 
 import argparse
 import json
-import os
-import platform
-import statistics
+import shlex
 import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from transmamba.benchmarking import provenance, time_call
 from transmamba.ops import causal_conv1d, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
 from transmamba.ops.ssd_scan import ssd_scan_torch
 
@@ -49,20 +47,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    result = {
-        "benchmark": "ops/bench_ops",
-        "command": f"python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": device_name(device),
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "load_at_start": round(os.getloadavg()[0], 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "dtype": "float32",
-        "milliseconds": "median [first quartile, third quartile]; cpu: processor time of the process, median",
-        "error": {},
-        "rows": [],
-    }
+    command = shlex.join(["python", "benchmarks/ops/bench_ops.py", *sys.argv[1:]])
+    result = provenance(device, command) | {"dtype": "float32", "error": {}, "rows": []}
     ops = calls()
     for op in options.ops:
         error = disagreement(ops[op], device)
@@ -78,7 +64,9 @@ def main() -> None:
                     row |= timed(call, inputs, backward, device, options.seconds)
                     result["rows"].append(row)
                     print(
-                        "  {shape:26s} {variant:14s} {pass:8s} {median:9.2f} {quartiles}   cpu {cpu:9.2f}".format(**row)
+                        "  {shape:26s} {variant:14s} {pass:8s} {median:9.2f} {quartiles}   host {host:9.2f}".format(
+                            **row
+                        )
                     )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{options.name or 'ops'}_{device.type}_{result['date']}.json"
@@ -95,15 +83,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per row, at least five runs")
     parser.add_argument("--name", help="of the file in benchmarks/results, before device and date")
     return parser.parse_args()
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def calls() -> dict[str, Call]:
@@ -199,25 +178,8 @@ def timed(call: Call, inputs: Inputs, backward: bool, device: torch.device, seco
         else:
             with torch.no_grad():
                 call(**inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    for _ in range(2):
-        once()
-    clock, processor = [], []
-    end = time.perf_counter() + seconds
-    while len(clock) < 5 or time.perf_counter() < end:
-        start, busy = time.perf_counter(), time.process_time()
-        once()
-        clock.append((time.perf_counter() - start) * 1e3)
-        processor.append((time.process_time() - busy) * 1e3)
-    quartiles = statistics.quantiles(clock, n=4)
-    return {
-        "median": round(statistics.median(clock), 3),
-        "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "cpu": round(statistics.median(processor), 3),
-        "runs": len(clock),
-    }
+    return asdict(time_call(once, device, seconds=seconds))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ FLAGS = {
         "--task",
         "--teacher",
     },
+    "bench": {"WHAT", "--device", "--output", "--set"},
     "convert": {
         "SOURCE",
         "OUT",

@@ -27,20 +27,17 @@ def tuned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[None]:
     """Launch with another configuration; `block` is that of every kernel."""
     module = launches()
     tuning_of = module.tuning_of
+    block = changes.pop("block", None)
 
     def changed(*sizes: Any) -> Any:
         tuning = tuning_of(*sizes)
-        block = changes.get("block")
-        if block:
-            kernels = {name: replace(getattr(tuning, name), block=block) for name in ("states", "forward", "gradients")}
-            tuning = replace(tuning, **kernels)
-        return replace(tuning, **{name: value for name, value in changes.items() if name != "block"})
+        names = ("states", "forward", "gradients") if block else ()
+        return replace(tuning, **{name: replace(getattr(tuning, name), block=block) for name in names})
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "tuning_of", changed)
-        module._job.cache_clear()
-        yield
-    module._job.cache_clear()
+        with module.configured(**changes):
+            yield
 
 
 def gradient_names(inputs: Inputs) -> list[str]:

@@ -28,6 +28,7 @@ VERBS = {
     "adapt": "Turn a pretrained Transformer of images into a Mamba.",
     "record": "Store a teacher's most probable next tokens, for distillation without it.",
     "report": "Compare a student with its teacher: quality, recall, speed and memory.",
+    "bench": "Time the ops, a training step or decoding here, beside others' and what the device allows.",
     "doctor": "Show versions, devices and backends, and check every op on this machine.",
 }
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from transmamba.errors import InputError
 
 _policy: dict[str, bool | None] = {"enabled": None}
+MOST_REMEMBERED = 1024  # signatures: every layer and step asks for the same few
+_passed: dict[tuple[object, ...], "HeadCounts"] = {}
 
 
 def check_values(enabled: bool | None) -> None:
@@ -50,6 +52,44 @@ def check_ssd_inputs(
     step: inputs lack the time dimension. num_states: rows that `state` must have (documents or batch rows).
     validate: read values too, where the policy of this module allows it.
     """
+    tensors = (q, k, v, dt, A, D, state)
+    if torch.compiler.is_compiling() or type(k) is not Tensor:  # sizes may be symbols, which are no key
+        counts = _check_ssd_shapes(op, *tensors, num_states, step)
+    else:
+        signature = (op, num_states, step, *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
+        found = _passed.get(signature)
+        if found is None:
+            found = _check_ssd_shapes(op, *tensors, num_states, step)
+            if len(_passed) >= MOST_REMEMBERED:
+                _passed.clear()
+            _passed[signature] = found
+        counts = found
+    if validate and values_are_checked(k):
+        given = {"q": q, "k": k, "v": v, "dt": dt, "A": A, "D": D, "state": state}
+        check_finite(op, {name: x for name, x in given.items() if x is not None})
+        if A.numel() and bool((A >= 0).any()):
+            raise InputError(
+                f"{op}: A holds {float(A.detach().max()):.4g}; every entry must be < 0. Pass A = -exp(A_log)."
+            )
+        if dt.numel() and bool((dt < 0).any()):
+            raise InputError(
+                f"{op}: dt holds {float(dt.detach().min()):.4g}; steps must be >= 0. Pass dt after softplus."
+            )
+    return counts
+
+
+def _check_ssd_shapes(
+    op: str,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    num_states: int | None,
+    step: bool,
+) -> HeadCounts:
     rank = 3 if step else 4
     lead = "batch" if step else "batch, seq_len"
     named: dict[str, Tensor] = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
@@ -84,16 +124,6 @@ def check_ssd_inputs(
         )
     optional = {name: x for name, x in (("D", D), ("state", state)) if x is not None}
     check_tensors(op, named | {"dt": dt, "A": A} | optional, same_dtype=tuple(named))
-    if validate and values_are_checked(k):
-        check_finite(op, named | {"dt": dt, "A": A} | optional)
-        if A.numel() and bool((A >= 0).any()):
-            raise InputError(
-                f"{op}: A holds {float(A.detach().max()):.4g}; every entry must be < 0. Pass A = -exp(A_log)."
-            )
-        if dt.numel() and bool((dt < 0).any()):
-            raise InputError(
-                f"{op}: dt holds {float(dt.detach().min()):.4g}; steps must be >= 0. Pass dt after softplus."
-            )
     return counts
 
 

@@ -7,7 +7,7 @@ state its segments start from.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 BATCH, START, COUNT, FIRST_CHUNK, ROW, IS_FIRST, IS_LAST, NUM_COLUMNS = range(8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: hashing the table would cost more than a launch
 class Segments:
     """How the tokens of all rows (of the batch, or packed documents) lie in segments, and segments in chunks."""
 
@@ -35,7 +35,7 @@ class Segments:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
+    @cached_property
     def whole_rows(self) -> bool:
         """Whether no row is cut."""
         return all(line[IS_FIRST] and line[IS_LAST] for line in self.table)

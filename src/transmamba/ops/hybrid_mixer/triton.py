@@ -5,7 +5,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from transmamba.ops.launching import goes_around_registration
 from transmamba.ops.memory_converter.triton import memory_converter_triton
+from transmamba.ops.rooms import Rooms
 from transmamba.ops.split import split_documents
 from transmamba.ops.ssd_scan.triton import ssd_scan_triton
 
@@ -34,11 +36,15 @@ def hybrid_mixer_triton(
         return ssd_scan_triton(q, k, v, dt, A, D, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         # Not slices: the gradient of each would be a whole tensor of zeros.
-        sizes = (trans_point, q.shape[1] - trans_point)
-        (q_s, q_l), (k_s, k_l), (v_s, v_l), (dt_s, dt_l) = (x.split(sizes, dim=1) for x in (q, k, v, dt))
+        rooms = Rooms(trans_point) if goes_around_registration(q, k, v, dt) else None
+        if rooms is None:
+            pairs = [x.split((trans_point, x.shape[1] - trans_point), dim=1) for x in (q, k, v, dt)]
+        else:
+            pairs = rooms.split(q, k, v, dt)
+        (q_s, q_l), (k_s, k_l), (v_s, v_l), (dt_s, dt_l) = pairs
         before = attention_mode(q_s, k_s, v_s, dt_s, rotary_at(rotary, slice(None, trans_point)), None)
         state = memory_converter_triton(k_s, v_s, dt_s, A)
-        return ssd_scan_triton(q_l, k_l, v_l, dt_l, A, D, initial_state=state, before=before)
+        return ssd_scan_triton(q_l, k_l, v_l, dt_l, A, D, initial_state=state, before=before, rooms=rooms)
 
     split = split_documents(tuple(cu_seqlens), trans_point, q.device)
     q_s, k_s, v_s, dt_s = (x[:, split.prefix] for x in (q, k, v, dt))

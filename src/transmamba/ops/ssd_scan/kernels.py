@@ -1,8 +1,9 @@
 """The Triton kernels of ssd_scan and memory_converter. A program carries the state of one head over one segment.
 
-Letters: L tokens of a chunk, N state_size, P head_dim; S the running sum of dt A within the chunk, f_j = dt_j exp(S_L -
-S_j) what is left of token j at the chunk's end, e_i = exp(S_i). S and dt lie in (heads, chunks * L), where places
-behind a segment's end have dt = 0 and the last S. Derivation: docs/ops/ssd_scan.md.
+Letters: L tokens of a chunk, N state_size, P head_dim; S the running sum of dt A / ln 2 within the chunk, f_j = dt_j
+2^(S_L - S_j) what is left of token j at the chunk's end, e_i = 2^S_i. Powers of two, since one instruction computes
+them, where one of e takes five. S and dt lie in (heads, chunks * L), where places
+behind a segment's end have dt = 0 and the last S; `decays` holds S and after it dt. Derivation: docs/ops/ssd_scan.md.
 
 No kernel transposes what a product has left in registers: Triton 3.4 to 3.7.0 gets that wrong on Hopper
 (github.com/fla-org/flash-linear-attention/issues/640). Transposed operands are loaded tiles, or products of their own.
@@ -46,9 +47,7 @@ def load_plane(base, n, p, size_n, size_p, WHOLE_N: tl.constexpr, WHOLE_P: tl.co
 
 
 @triton.jit
-def decay_kernel(
-    dt, A, S, steps, segments, dt_b, dt_t, dt_h, A_h, heads, places, L: tl.constexpr, BLOCK_H: tl.constexpr
-):
+def decay_kernel(dt, A, decays, segments, dt_b, dt_t, dt_h, A_h, heads, places, L: tl.constexpr, BLOCK_H: tl.constexpr):
     """S and dt of one chunk, for BLOCK_H heads."""
     batch, start, count, first_chunk, _, _, _ = segment_of(segments, tl.program_id(0))
     chunk = tl.program_id(1)
@@ -60,19 +59,18 @@ def decay_kernel(
     place = dt + batch * dt_b + (start + token)[:, None] * dt_t + head.to(tl.int64)[None, :] * dt_h
     step = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     rate = tl.load(A + head * A_h, mask=head < heads, other=0.0).to(tl.float32)
-    total = tl.cumsum(step * rate[None, :], axis=0)
+    total = tl.cumsum(step * (rate * 1.4426950408889634)[None, :], axis=0)
     out = head.to(tl.int64)[None, :] * places + ((first_chunk + chunk) * L + tl.arange(0, L))[:, None]
     keep = (head < heads)[None, :] & (token >= 0)[:, None]
-    tl.store(S + out, total, mask=keep)
-    tl.store(steps + out, step, mask=keep)
+    tl.store(decays + out, total, mask=keep)
+    tl.store(decays + tl.cast(heads, tl.int64) * places + out, step, mask=keep)
 
 
 @triton.jit
 def state_kernel(
     x,
     z,
-    S,
-    steps,
+    decays,
     entering,
     chunk_states,
     left,
@@ -107,12 +105,12 @@ def state_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carry a state over a segment: h <- exp(S_L) h + sum_j f_j x_j z_j^T, or in reverse with e_i in place of f_j.
+    """Carry a state over a segment: h <- 2^S_L h + sum_j f_j x_j z_j^T, or in reverse with e_i in place of f_j.
 
     Forward, x and z are keys and values; in reverse, queries and the output's gradient.
     ENTERING: start from `entering`, one state per segment and head, or with BY_ROW one per row and group of heads, of
     which only the first takes it; zeros otherwise. STORE_CHUNKS: write the state that enters each chunk. STORE_LEFT:
-    write the state at the segment's end, and the sum of dt A over the segment. STORE_END: write the state at the row's
+    write the state at the segment's end, and the segment's sum of dt A / ln 2. STORE_END: write the state at the row's
     end (in reverse, its beginning).
     """
     index = tl.program_id(0)
@@ -137,6 +135,7 @@ def state_kernel(
     x += batch * x_b + start * x_t + (head // x_group).to(tl.int64) * x_h
     z += batch * z_b + start * z_t + (head // z_group).to(tl.int64) * z_h
     vector = (head // dt_group).to(tl.int64) * places + first_chunk * L
+    dt_vector = vector + tl.cast(heads // dt_group, tl.int64) * places
     chunk_states += (first_chunk * heads + head) * plane_size
     total = 0.0
     chunks = tl.cdiv(count, L)
@@ -146,17 +145,17 @@ def state_kernel(
         inside = rows < count
         x_c = load_tile(x, rows, x_t, n, inside, size_n, WHOLE_N, DOT)
         z_c = load_tile(z, rows, z_t, p, inside, size_p, WHOLE_P, DOT)
-        S_c = tl.load(S + vector + rows)
-        S_end = tl.load(S + vector + chunk * L + L - 1)
+        S_c = tl.load(decays + vector + rows)
+        S_end = tl.load(decays + vector + chunk * L + L - 1)
         if REVERSE:
-            weight = tl.exp(S_c)
+            weight = tl.exp2(S_c)
         else:
-            weight = tl.load(steps + vector + rows) * tl.exp(S_end - S_c)
+            weight = tl.load(decays + dt_vector + rows) * tl.exp2(S_end - S_c)
         if STORE_CHUNKS:
             place = chunk_states + tl.cast(chunk, tl.int64) * heads * plane_size + plane
             tl.store(place, h.to(chunk_states.dtype.element_ty), mask=stored)
         written = (z_c.to(tl.float32) * weight[:, None]).to(DOT)
-        h = tl.dot(tl.trans(x_c), written, acc=h * tl.exp(S_end), input_precision=PRECISION)
+        h = tl.dot(tl.trans(x_c), written, acc=h * tl.exp2(S_end), input_precision=PRECISION)
         total += S_end
     if STORE_LEFT:
         tl.store(left + (segment.to(tl.int64) * heads + head) * plane_size + plane, h, mask=stored)
@@ -180,7 +179,6 @@ def recur_kernel(
     plane_size,
     REVERSE: tl.constexpr,
     OUTER: tl.constexpr,
-    STORE_ENTERING: tl.constexpr,
     STORE_FINAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -202,9 +200,8 @@ def recur_kernel(
     for i in range(0, after - first):
         segment = after - 1 - i if REVERSE else first + i
         at = (segment.to(tl.int64) * heads + head) * plane_size + place
-        if STORE_ENTERING:
-            tl.store(entering + at, h, mask=mask)
-        decay = tl.exp(tl.load(log_decay + segment.to(tl.int64) * heads + head))
+        tl.store(entering + at, h, mask=mask)
+        decay = tl.exp2(tl.load(log_decay + segment.to(tl.int64) * heads + head))
         h = h * decay + tl.load(left + at, mask=mask, other=0.0)
     if STORE_FINAL:
         tl.store(final + (row.to(tl.int64) * heads + head) * plane_size + place, h, mask=mask)
@@ -215,8 +212,7 @@ def scan_kernel(
     q,
     k,
     v,
-    S,
-    steps,
+    decays,
     D,
     entering,
     y,
@@ -283,6 +279,7 @@ def scan_kernel(
     v += batch * v_b + start * v_t + (head // v_group).to(tl.int64) * v_h
     y += batch * y_b + start * y_t + head.to(tl.int64) * y_h
     vector = (head // dt_group).to(tl.int64) * places + first_chunk * L
+    dt_vector = vector + tl.cast(heads // dt_group, tl.int64) * places
     past = within[:, None] >= within[None, :]
     skip = 0.0
     if SKIP:
@@ -293,26 +290,26 @@ def scan_kernel(
         q_c = load_tile(q, rows, q_t, n, inside, size_n, WHOLE_N, DOT)
         k_c = load_tile(k, rows, k_t, n, inside, size_n, WHOLE_N, DOT)
         v_c = load_tile(v, rows, v_t, p, inside, size_p, WHOLE_P, DOT)
-        S_c = tl.load(S + vector + rows)
-        step = tl.load(steps + vector + rows)
-        S_end = tl.load(S + vector + chunk * L + L - 1)
+        S_c = tl.load(decays + vector + rows)
+        step = tl.load(decays + dt_vector + rows)
+        S_end = tl.load(decays + vector + chunk * L + L - 1)
         scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        scores *= tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
-        y_c = tl.dot(q_c, h.to(DOT), input_precision=PRECISION) * tl.exp(S_c)[:, None]
+        scores *= tl.exp2(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
+        y_c = tl.dot(q_c, h.to(DOT), input_precision=PRECISION) * tl.exp2(S_c)[:, None]
         y_c = tl.dot(scores.to(DOT), v_c, acc=y_c, input_precision=PRECISION)
         if SKIP:
             y_c += skip * v_c.to(tl.float32)
         place = y + rows.to(tl.int64)[:, None] * y_t + p[None, :]
         tl.store(place, y_c.to(y.dtype.element_ty), mask=inside[:, None] & (p < size_p)[None, :])
-        written = (v_c.to(tl.float32) * (step * tl.exp(S_end - S_c))[:, None]).to(DOT)
-        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp(S_end), input_precision=PRECISION)
+        written = (v_c.to(tl.float32) * (step * tl.exp2(S_end - S_c))[:, None]).to(DOT)
+        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp2(S_end), input_precision=PRECISION)
     if is_last * (head % state_group == 0) != 0:
         tl.store(final + (row * state_heads + state_head) * plane_size + plane, h, mask=stored)
 
 
 @triton.jit
-def rest_kernel(S, rest, whole, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
-    """Sums of dt A from each chunk's end to its row's, (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
+def rest_kernel(decays, out, segments, first_of_row, places, L: tl.constexpr, WHOLE_ROWS: tl.constexpr):
+    """Sums of dt A / ln 2 from chunks' ends to rows', (dt_heads, chunks); WHOLE_ROWS: over rows, (rows, dt_heads)."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = tl.load(first_of_row + row)
@@ -324,10 +321,10 @@ def rest_kernel(S, rest, whole, segments, first_of_row, places, L: tl.constexpr,
         for j in range(0, chunks):
             chunk = first_chunk + chunks - 1 - j
             if not WHOLE_ROWS:
-                tl.store(rest + head * (places // L) + chunk, total)
-            total += tl.load(S + head * places + chunk * L + L - 1)
+                tl.store(out + head * (places // L) + chunk, total)
+            total += tl.load(decays + head * places + chunk * L + L - 1)
     if WHOLE_ROWS:
-        tl.store(whole + row.to(tl.int64) * tl.num_programs(1) + head, total)
+        tl.store(out + row.to(tl.int64) * tl.num_programs(1) + head, total)
 
 
 @triton.jit
@@ -336,8 +333,7 @@ def gradient_kernel(
     k,
     v,
     dy,
-    S,
-    steps,
+    decays,
     A,
     D,
     states,
@@ -348,7 +344,6 @@ def gradient_kernel(
     dv,
     ddt,
     dA,
-    dD,
     segments,
     q_b,
     q_t,
@@ -362,9 +357,12 @@ def gradient_kernel(
     dy_b,
     dy_t,
     dy_h,
+    dq_b,
+    dk_b,
+    dv_b,
+    ddt_b,
     A_h,
     D_h,
-    tokens,
     longest,
     heads,
     q_group,
@@ -391,8 +389,9 @@ def gradient_kernel(
 
     states (chunks, state heads, N, P): h, which enters each chunk. dstates (chunks, heads, N, P): dh, the gradient of
     the state that leaves it. dq, dk, dv (batch, tokens, heads, size) and ddt (batch, tokens, heads): a part per head.
-    dA, dD (chunks, heads). Without READS there are no queries and outputs, as in memory_converter: dstates (rows,
-    heads, N, P) is the gradient of the final state, which decays over the `rest` of the row.
+    dA (chunks, heads), and behind it, with SKIP, D's gradient. Without READS there are no queries and outputs, as in
+    memory_converter: dstates (rows, heads, N, P) is the gradient of the final state, which decays over the `rest` of
+    the row.
     """
     index = tl.program_id(0)
     head = index % heads
@@ -412,24 +411,26 @@ def gradient_kernel(
     k += batch * k_b + first * k_t + (head // k_group).to(tl.int64) * k_h
     v += batch * v_b + first * v_t + (head // v_group).to(tl.int64) * v_h
     dy += batch * dy_b + first * dy_t + head.to(tl.int64) * dy_h
-    token = (batch * tokens + first) * heads + head
-    dq += token * size_n
-    dk += token * size_n
-    dv += token * size_p
+    token = first * heads + head
+    dq += batch * dq_b + token * size_n
+    dk += batch * dk_b + token * size_n
+    dv += batch * dv_b + token * size_p
+    ddt += batch * ddt_b + token
     h_base = states + (place * (heads // state_group) + state_head) * plane_size
     vector = (head // dt_group).to(tl.int64) * places + place * L
-    S_c = tl.load(S + vector + within)
-    step = tl.load(steps + vector + within)
-    S_end = tl.load(S + vector + L - 1)
-    from_start = tl.exp(S_c)
+    dt_vector = vector + tl.cast(heads // dt_group, tl.int64) * places
+    S_c = tl.load(decays + vector + within)
+    step = tl.load(decays + dt_vector + within)
+    S_end = tl.load(decays + vector + L - 1)
+    from_start = tl.exp2(S_c)
     if READS:
         dh_base = dstates + (place * heads + head) * plane_size
         remaining = 1.0
-        to_end = tl.exp(S_end - S_c)
+        to_end = tl.exp2(S_end - S_c)
     else:
         dh_base = dstates + (row * heads + head) * plane_size
-        remaining = tl.exp(tl.load(rest + (head // dt_group).to(tl.int64) * (places // L) + place))
-        to_end = tl.exp(S_end - S_c) * remaining
+        remaining = tl.exp2(tl.load(rest + (head // dt_group).to(tl.int64) * (places // L) + place))
+        to_end = tl.exp2(S_end - S_c) * remaining
     read = tl.zeros((L,), tl.float32)
     over = tl.zeros((L,), tl.float32)
 
@@ -450,9 +451,9 @@ def gradient_kernel(
             dscores_i = tl.dot(dy_p, tl.trans(v_p), acc=dscores_i, input_precision=PRECISION)
         if SKIP:
             diagonal = tl.where(within[:, None] == within[None, :], dscores, 0.0)
-            tl.store(dD + place * heads + head, tl.sum(diagonal))
+            tl.store(dA + (places // L + place) * heads + head, tl.sum(diagonal))
         future = within[:, None] <= within[None, :]
-        decay = tl.exp(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
+        decay = tl.exp2(tl.where(future, S_c[None, :] - S_c[:, None], float("-inf")))
         dscores *= decay
         pairs = scores * dscores
         read = tl.sum(pairs, axis=1)  # by all tokens, of token j; per unit of dt_j
@@ -460,7 +461,7 @@ def gradient_kernel(
         scores_dot = (scores * decay * step[:, None]).to(DOT)
         dscores_dot = dscores.to(DOT)
         past = within[:, None] >= within[None, :]
-        decay_i = tl.exp(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf")))
+        decay_i = tl.exp2(tl.where(past, S_c[:, None] - S_c[None, :], float("-inf")))
         dscores_i_dot = (dscores_i * decay_i * step[None, :]).to(DOT)
         over += tl.cumsum(gained - read * step, axis=0, reverse=True)
 
@@ -513,9 +514,9 @@ def gradient_kernel(
         tl.store(dk + out, (dk_n * step[:, None]).to(dk.dtype.element_ty), mask=mask)
 
     # dt_t A decays what passes over token t: pairs j < t <= i, of which i, j or both may lie outside the chunk.
-    over += tl.cumsum(kept * step, axis=0) - kept * step + passing * tl.exp(S_end) * remaining
+    over += tl.cumsum(kept * step, axis=0) - kept * step + passing * tl.exp2(S_end) * remaining
     if READS:
         over += tl.cumsum(carried, axis=0, reverse=True)
     rate = tl.load(A + (head // dt_group) * A_h).to(tl.float32)
-    tl.store(ddt + token + within.to(tl.int64) * heads, read + kept + rate * over, mask=inside)
+    tl.store(ddt + within.to(tl.int64) * heads, read + kept + rate * over, mask=inside)
     tl.store(dA + place * heads + head, tl.sum(over * step))

@@ -3,21 +3,23 @@
 Forward reads q, k and v once and writes y once: a program carries the state of one head over a segment of the sequence.
 Where rows are cut into segments, to fill the card, a pass over keys and values comes first, which learns the state that
 each segment starts from. Backward stores the state that enters each chunk and the gradient of the one that leaves it,
-and then takes all chunks at once. Nothing is added atomically: heads that share an entry write a part each, and parts
-are summed in fp32 afterwards, so results are the same bits every time.
+and then takes all chunks at once; it keeps the decays of forward. Nothing is added atomically: heads that share an
+entry write a part each, and parts are summed in fp32 afterwards, so results are the same bits every time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from transmamba.ops.launching import launch, on_its_device
 from transmamba.ops.segments import Segments
 
 from . import kernels
@@ -29,11 +31,15 @@ RECUR_BLOCK = 1024  # entries of a state per program of the recurrence between s
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one kernel runs. block: columns of a state per program or step; stages: of the loads' pipeline."""
+    """How one kernel runs. block: columns of a state per program or step; stages: of the loads' pipeline.
+
+    registers: the most a thread may have, so that more programs run at once; None leaves it to the compiler.
+    """
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,23 @@ def tuning_of(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
     return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients)
 
 
+@contextmanager
+def configured(**changes: Any) -> Iterator[None]:
+    """Launch otherwise within: with another chunk, programs, states, forward or gradients. For trials and tests."""
+    before = dict(_changes)
+    _changes.update(changes)
+    _job.cache_clear()
+    try:
+        yield
+    finally:
+        _changes.clear()
+        _changes.update(before)
+        _job.cache_clear()
+
+
+_changes: dict[str, Any] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything about one call but its tensors: head counts, sizes, segments, and how to launch."""
@@ -79,22 +102,21 @@ class Job:
     segments: Segments
 
     @staticmethod
-    def of(
-        q_heads: int, k: Tensor, v: Tensor, dt: Tensor, borders: Sequence[int] | None, tuning: Tuning | None = None
-    ) -> "Job":
+    def of(q_heads: int, k: Tensor, v: Tensor, dt: Tensor, borders: Sequence[int] | None) -> "Job":
         """The job of inputs of these shapes, in rows of equal length or between borders."""
-        sizes = (*map(int, k.shape), int(v.shape[2]), int(v.shape[3]), int(dt.shape[2]))
-        return _job(int(q_heads), *sizes, k.dtype, None if borders is None else tuple(borders), tuning)
+        sizes = (q_heads, *k.shape, *v.shape[2:], dt.shape[2])  # symbols where torch.compile leaves a size open
+        sizes = sizes if all(type(size) is int for size in sizes) else tuple(map(int, sizes))
+        return _job(*sizes, k.dtype, None if borders is None else tuple(borders))
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return self.segments.num_rows
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         return self.segments.num_chunks
 
-    @property
+    @cached_property
     def places(self) -> int:
         return self.num_chunks * self.tuning.chunk
 
@@ -113,6 +135,10 @@ class Job:
         counts = (self.q_heads, self.k_heads, self.v_heads, self.dt_heads, self.state_heads)
         a, b, c, d, e = (self.heads // count for count in counts)
         return a, b, c, d, e
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The table of segments, and the first segment of each row."""
+        return self.segments.on(device)
 
     @cached_property
     def carrying(self) -> dict[str, Any]:
@@ -134,6 +160,8 @@ class Job:
         block_p = min(launch.block, _block(self.p))
         # tf32 holds all bits of fp16 and has the range of fp32; three products of it are as good as fp32.
         precision = {torch.bfloat16: "ieee", torch.float16: "tf32"}.get(self.dtype, "tf32x3")
+        # The interpreter knows no registers.
+        limit = {} if launch.registers is None or INTERPRETED else {"maxnreg": launch.registers}
         return {
             "L": self.tuning.chunk,
             "BLOCK_N": block_n,
@@ -145,9 +173,28 @@ class Job:
             "PRECISION": precision,
             "num_warps": launch.warps,
             "num_stages": launch.stages,
+            **limit,
         }
 
 
+class Scanned(NamedTuple):
+    """What run_scan returns. The last two are for the gradients, and `entering` is empty where rows are whole."""
+
+    y: Tensor
+    state: Tensor
+    entering: Tensor  # the states that segments start from
+    decays: Tensor  # (2, dt_heads, places) in fp32: S and dt of every place of every chunk
+
+
+class Converted(NamedTuple):
+    """What run_converter returns; the last two as in Scanned."""
+
+    state: Tensor
+    entering: Tensor
+    decays: Tensor
+
+
+@on_its_device
 def run_scan(
     q: Tensor,
     k: Tensor,
@@ -158,49 +205,38 @@ def run_scan(
     initial_state: Tensor | None,
     before: Tensor | None,
     borders: Sequence[int] | None,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, the states that segments start from, empty where rows are whole); y begins with `before`."""
-    job = Job.of(q.shape[2], k, v, dt, borders, tuning)
+) -> Scanned:
+    """Run the scan; y begins with `before`."""
+    job = Job.of(q.shape[2], k, v, dt, borders)
     offset = 0 if before is None else before.shape[1]
-    y = v.new_empty(job.batch, offset + job.tokens, job.heads, job.p)
+    y = out = v.new_empty(job.batch, offset + job.tokens, job.heads, job.p)
     if before is not None:
         y[:, :offset] = before
-    final = _new_states(job, initial_state, k.device)
+        out = y[:, offset:]
+    state = _new_states(job, initial_state, k.device)
     if not len(job.segments):
-        return y, final, _empty(k.device)
+        return Scanned(y, state, _empty(k.device), _empty(k.device))
     q, k, v = _readable(q), _readable(k), _readable(v)
     decays = _decays(job, dt, A)
     whole = job.segments.whole_rows
     entering = initial_state if whole else _entering(job, k, v, decays, initial_state)
-    out = y[:, offset:]
-    table, _ = job.segments.on(k.device)
-    kernels.scan_kernel[(len(job.segments) * job.heads * job.scanning["BLOCKS_P"],)](
-        q,
-        k,
-        v,
-        *decays,
-        v if D is None else D,
-        v if entering is None else entering.contiguous(),
-        out,
-        final,
-        table,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        0 if D is None else D.stride(0),
-        job.heads,
-        *job.groups,
-        job.n,
-        job.p,
-        job.places,
-        ENTERING=entering is not None,
-        BY_ROW=whole,
-        SKIP=D is not None,
-        **job.scanning,
+    launch(
+        kernels.scan_kernel,
+        (len(job.segments) * job.heads * job.scanning["BLOCKS_P"], 1, 1),
+        (
+            *(q, k, v, decays),
+            v if D is None else D,
+            v if entering is None else entering.contiguous(),
+            *(out, state, job.on(k.device)[0]),
+        ),
+        (
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+            0 if D is None else D.stride(0),
+            *(job.heads, *job.groups, job.n, job.p, job.places),
+        ),
+        {"ENTERING": entering is not None, "BY_ROW": whole, "SKIP": D is not None, **job.scanning},
     )
-    return y, final, _empty(k.device) if whole or entering is None else entering
+    return Scanned(y, state, _empty(k.device) if whole or entering is None else entering, decays)
 
 
 def shapes_of_scan(
@@ -208,19 +244,20 @@ def shapes_of_scan(
     k: Tensor,
     v: Tensor,
     dt: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
     before: Tensor | None,
     borders: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Scanned:
     """Empty tensors of the shapes that run_scan returns."""
     job = Job.of(q.shape[2], k, v, dt, borders)
     offset = 0 if before is None else before.shape[1]
     y = v.new_empty(k.shape[0], offset + k.shape[1], job.heads, job.p)
-    plane = (job.state_heads, job.n, job.p)
-    final = k.new_empty(job.num_rows, *plane, dtype=torch.float32)
-    shape = (0,) if job.segments.whole_rows else (len(job.segments), *plane)
-    return y, final, k.new_empty(shape, dtype=torch.float32)
+    return Scanned(y, *_shapes_of_states(job, k))
 
 
+@on_its_device
 def run_scan_backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -232,27 +269,39 @@ def run_scan_backward(
     D: Tensor | None,
     initial_state: Tensor | None,
     entering: Tensor,
+    decays: Tensor,
     borders: Sequence[int] | None,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, dt, A, D and the initial state; the last two are empty where there is no such input."""
-    job = Job.of(q.shape[2], k, v, dt, borders, tuning)
+    rooms: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, dt, A, D and the initial state; the last two are empty where there is no such input.
+
+    rooms: where to write those of q, k, v and dt; each may be some tokens of a longer tensor.
+    """
+    job = Job.of(q.shape[2], k, v, dt, borders)
+    rooms = _rooms(q, k, v, dt) if rooms is None else rooms
+    if not len(job.segments):
+        dinitial = _empty(k.device) if initial_state is None else torch.zeros_like(initial_state)
+        if dfinal is not None and initial_state is not None:
+            dinitial = dfinal.to(initial_state.dtype, copy=True)
+        return *rooms, torch.zeros_like(A), _empty(k.device) if D is None else torch.zeros_like(D), dinitial
     q, k, v, dy = _readable(q), _readable(k), _readable(v), _readable(dy)
-    decays = _decays(job, dt, A)
     whole, group = job.segments.whole_rows, job.groups[-1]
     states, _, _ = _carry(job, k, v, decays, initial_state if whole else entering, job.state_heads, chunks=True)
     leaving = dfinal
     if not whole:
         _, left, log_decay = _carry(job, q, dy, decays, None, job.heads, reverse=True)
         leaving, _ = _recur(job, left, log_decay, dfinal, job.heads, group, reverse=True)
-    dinitial = None if initial_state is None else _new_dstates(job, dfinal, k.device)
-    dstates, _, _ = _carry(job, q, dy, decays, leaving, job.heads, group, reverse=True, chunks=True, end=dinitial)
-    dq, dk, dv, ddt, dA, dD = _gradients(job, (q, dy), k, v, dt, A, D, decays, states, dstates)
-    if initial_state is None or dinitial is None:
-        return dq, dk, dv, ddt, dA, dD, _empty(k.device)
-    return dq, dk, dv, ddt, dA, dD, _sum_parts(dinitial, job.state_heads, 1).to(initial_state.dtype)
+    ends = None if initial_state is None else _new_dstates(job, dfinal, k.device)
+    dstates, _, _ = _carry(job, q, dy, decays, leaving, job.heads, group, reverse=True, chunks=True, end=ends)
+    dA, dD = _gradients(job, (q, dy), k, v, A, D, decays, states, dstates, rooms)
+    if initial_state is None or ends is None:
+        return *rooms, dA, dD, _empty(k.device)
+    if job.state_heads != job.heads:
+        ends = ends.unflatten(1, (job.state_heads, -1)).sum(2)
+    return *rooms, dA, dD, ends.to(initial_state.dtype)
 
 
+@on_its_device
 def run_converter(
     k: Tensor,
     v: Tensor,
@@ -260,22 +309,35 @@ def run_converter(
     A: Tensor,
     initial_state: Tensor | None,
     borders: Sequence[int] | None,
-    tuning: Tuning | None = None,
-) -> Tensor:
-    """The state after each row; see memory_converter."""
-    job = Job.of(1, k, v, dt, borders, tuning)
-    final = _new_states(job, initial_state, k.device)
+) -> Converted:
+    """Compute the state after each row; see memory_converter."""
+    job = Job.of(1, k, v, dt, borders)
     if not len(job.segments):
-        return final
+        return Converted(_new_states(job, initial_state, k.device), _empty(k.device), _empty(k.device))
     k, v = _readable(k), _readable(v)
     decays = _decays(job, dt, A)
     if job.segments.whole_rows:
-        _carry(job, k, v, decays, initial_state, job.state_heads, end=final)
-        return final
+        state = _new_states(job, initial_state, k.device)
+        _carry(job, k, v, decays, initial_state, job.state_heads, end=state)
+        return Converted(state, _empty(k.device), decays)
     _, left, log_decay = _carry(job, k, v, decays, None, job.state_heads)
-    return _recur(job, left, log_decay, initial_state, job.state_heads, final=True)[1]
+    entering, state = _recur(job, left, log_decay, initial_state, job.state_heads, final=True)
+    return Converted(state, entering, decays)
 
 
+def shapes_of_converter(
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    initial_state: Tensor | None,
+    borders: Sequence[int] | None,
+) -> Converted:
+    """Empty tensors of the shapes that run_converter returns."""
+    return Converted(*_shapes_of_states(Job.of(1, k, v, dt, borders), k))
+
+
+@on_its_device
 def run_converter_backward(
     dfinal: Tensor,
     k: Tensor,
@@ -283,19 +345,27 @@ def run_converter_backward(
     dt: Tensor,
     A: Tensor,
     initial_state: Tensor | None,
+    entering: Tensor,
+    decays: Tensor,
     borders: Sequence[int] | None,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, dt, A and the initial state; the last is empty where there is no such input."""
-    job = Job.of(1, k, v, dt, borders, tuning)
+    rooms: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of k, v, dt, A and the initial state; the last is empty where there is no such input.
+
+    rooms: where to write those of k, v and dt.
+    """
+    job = Job.of(1, k, v, dt, borders)
+    rooms = _rooms(k, v, dt) if rooms is None else rooms
+    if not len(job.segments):
+        dinitial = _empty(k.device) if initial_state is None else dfinal.to(initial_state.dtype, copy=True)
+        return *rooms, torch.zeros_like(A), dinitial
     k, v, dfinal = _readable(k), _readable(v), dfinal.contiguous()
-    decays = _decays(job, dt, A)
-    entering = initial_state if job.segments.whole_rows else _entering(job, k, v, decays, initial_state)
-    states, _, _ = _carry(job, k, v, decays, entering, job.state_heads, chunks=True)
-    _, dk, dv, ddt, dA, _ = _gradients(job, None, k, v, dt, A, None, decays, states, dfinal)
+    before = initial_state if job.segments.whole_rows else entering
+    states, _, _ = _carry(job, k, v, decays, before, job.state_heads, chunks=True)
+    dA, _ = _gradients(job, None, k, v, A, None, decays, states, dfinal, rooms)
     if initial_state is None:
-        return dk, dv, ddt, dA, _empty(k.device)
-    return dk, dv, ddt, dA, (_whole_decays(job, decays) * dfinal).to(initial_state.dtype)
+        return *rooms, dA, _empty(k.device)
+    return *rooms, dA, (_whole_decays(job, decays) * dfinal).to(initial_state.dtype)
 
 
 def _gradients(
@@ -303,97 +373,81 @@ def _gradients(
     reads: tuple[Tensor, Tensor] | None,
     k: Tensor,
     v: Tensor,
-    dt: Tensor,
     A: Tensor,
     D: Tensor | None,
-    decays: tuple[Tensor, Tensor],
+    decays: Tensor,
     states: Tensor,
     dstates: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run gradient_kernel and sum its parts. reads: queries and the gradient of the outputs; None for the converter."""
+    rooms: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Run gradient_kernel, sum its parts into rooms; return the gradients of A and D, the latter empty without D.
+
+    reads: queries and the gradient of the outputs; None for the converter, whose rooms begin with that of k.
+    """
     device = k.device
     q, dy = (k, v) if reads is None else reads
-    dq = _empty(device) if reads is None else q.new_empty(job.batch, job.tokens, job.heads, job.n)
-    dk = k.new_empty(job.batch, job.tokens, job.heads, job.n)
-    dv = v.new_empty(job.batch, job.tokens, job.heads, job.p)
-    ddt = torch.empty(job.batch, job.tokens, job.heads, dtype=torch.float32, device=device)
-    dA = torch.empty(job.num_chunks, job.heads, dtype=torch.float32, device=device)
-    dD = _empty(device) if D is None else torch.empty_like(dA)
-    table, _ = job.segments.on(device)
-    grid = len(job.segments) * job.segments.longest * job.heads
-    if grid:
-        kernels.gradient_kernel[(grid,)](
-            q,
-            k,
-            v,
-            dy,
-            *decays,
-            A,
+    parts = [_part(job, room) for room in rooms]
+    dq, dk, dv, ddt = parts if reads is not None else (parts[0], *parts)
+    rates = torch.empty(1 if D is None else 2, job.num_chunks, job.heads, dtype=torch.float32, device=device)
+    launch(
+        kernels.gradient_kernel,
+        (len(job.segments) * job.segments.longest * job.heads, 1, 1),
+        (
+            *(q, k, v, dy, decays, A),
             A if D is None else D,
-            states,
-            dstates,
-            _rest(job, decays) if reads is None else dA,
-            dq,
-            dk,
-            dv,
-            ddt,
-            dA,
-            dD,
-            table,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *dy.stride()[:3],
+            *(states, dstates),
+            _rest(job, decays) if reads is None else rates,
+            *(dq, dk, dv, ddt, rates, job.on(device)[0]),
+        ),
+        (
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3]),
+            *_batch_strides(dq, dk, dv, ddt),
             A.stride(0),
             0 if D is None else D.stride(0),
-            job.tokens,
-            job.segments.longest,
-            job.heads,
-            *job.groups,
-            job.n,
-            job.p,
-            job.places,
-            READS=reads is not None,
-            SKIP=D is not None,
-            **job.differentiating,
-        )
-    return (
-        dq if reads is None else _sum_parts(dq, job.q_heads, 2),
-        _sum_parts(dk, job.k_heads, 2),
-        _sum_parts(dv, job.v_heads, 2),
-        _sum_parts(ddt, job.dt_heads, 2).to(dt.dtype),
-        _sum_parts(dA.sum(0), job.dt_heads, 0).to(A.dtype),
-        dD if D is None else dD.sum(0).to(D.dtype),
+            *(job.segments.longest, job.heads, *job.groups, job.n, job.p, job.places),
+        ),
+        {"READS": reads is not None, "SKIP": D is not None, **job.differentiating},
+    )
+    for part, room in zip(parts, rooms, strict=True):
+        _sum_parts(part, room)
+    sums = rates.sum(1)
+    dA = sums[0] if job.dt_heads == job.heads else sums[0].unflatten(0, (job.dt_heads, -1)).sum(1)
+    return dA.to(A.dtype), _empty(device) if D is None else sums[1].to(D.dtype)
+
+
+def _rooms(*inputs: Tensor) -> list[Tensor]:
+    """Memory for the gradients of these inputs, in one piece each."""
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+def _part(job: Job, room: Tensor) -> Tensor:
+    """Where gradient_kernel writes a part per head: `room` itself where it has as many heads."""
+    if room.shape[2] == job.heads:
+        return room
+    # Steps are summed in fp32, as they are computed.
+    return room.new_empty(
+        job.batch, job.tokens, job.heads, *room.shape[3:], dtype=room.dtype if room.dim() == 4 else torch.float32
     )
 
 
-def _decays(job: Job, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """S and dt of every place of every chunk, (dt_heads, places) in fp32."""
-    total, step = torch.empty(2, job.dt_heads, job.places, dtype=torch.float32, device=dt.device)
-    table, _ = job.segments.on(dt.device)
-    if job.places:
-        kernels.decay_kernel[(len(job.segments), job.segments.longest, -(-job.dt_heads // BLOCK_H))](
-            dt,
-            A,
-            total,
-            step,
-            table,
-            *dt.stride(),
-            A.stride(0),
-            job.dt_heads,
-            job.places,
-            L=job.tuning.chunk,
-            BLOCK_H=BLOCK_H,
-            num_warps=4,
-        )
-    return total, step
+def _decays(job: Job, dt: Tensor, A: Tensor) -> Tensor:
+    """S and dt of every place of every chunk, (2, dt_heads, places) in fp32."""
+    decays = torch.empty(2, job.dt_heads, job.places, dtype=torch.float32, device=dt.device)
+    launch(
+        kernels.decay_kernel,
+        (len(job.segments), job.segments.longest, -(-job.dt_heads // BLOCK_H)),
+        (dt, A, decays, job.on(dt.device)[0]),
+        (*dt.stride(), A.stride(0), job.dt_heads, job.places),
+        {"L": job.tuning.chunk, "BLOCK_H": BLOCK_H, "num_warps": 4},
+    )
+    return decays
 
 
 def _carry(
     job: Job,
     x: Tensor,
     z: Tensor,
-    decays: tuple[Tensor, Tensor],
+    decays: Tensor,
     entering: Tensor | None,
     heads: int,
     group: int = 1,
@@ -404,50 +458,45 @@ def _carry(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run state_kernel: the states that enter chunks (chunks); what segments leave and their decays (otherwise).
 
-    end: where to write the states that rows end with, instead of what segments leave.
+    end: where to write the states that rows end with, instead of what segments leave. What was not asked for is some
+    other tensor.
     """
     device = x.device
     by_segment = not chunks and end is None
-    states = left = log_decay = _empty(device)
+    states = left = log_decay = decays
     if chunks:
         states = torch.empty(job.num_chunks, heads, job.n, job.p, dtype=job.operand, device=device)
     if by_segment:
         left = torch.empty(len(job.segments), heads, job.n, job.p, dtype=torch.float32, device=device)
         log_decay = torch.empty(len(job.segments), heads, dtype=torch.float32, device=device)
-    table, _ = job.segments.on(device)
-    grid = len(job.segments) * heads * job.carrying["BLOCKS_P"]
-    if grid:
-        kernels.state_kernel[(grid,)](
-            x,
-            z,
-            *decays,
-            decays[0] if entering is None else entering.contiguous(),
+    launch(
+        kernels.state_kernel,
+        (len(job.segments) * heads * job.carrying["BLOCKS_P"], 1, 1),
+        (
+            *(x, z, decays),
+            decays if entering is None else entering.contiguous(),
             states,
             left if end is None else end,
-            log_decay,
-            table,
-            *x.stride()[:3],
-            *z.stride()[:3],
-            heads,
-            heads // x.shape[2],
-            heads // z.shape[2],
-            heads // job.dt_heads,
-            group,
-            job.n,
-            job.p,
-            job.places,
-            REVERSE=reverse,
-            ENTERING=entering is not None,
-            BY_ROW=job.segments.whole_rows,
-            STORE_CHUNKS=chunks,
-            STORE_LEFT=by_segment,
-            STORE_END=end is not None,
+            *(log_decay, job.on(device)[0]),
+        ),
+        (
+            *(*x.stride()[:3], *z.stride()[:3], heads, heads // x.shape[2], heads // z.shape[2]),
+            *(heads // job.dt_heads, group, job.n, job.p, job.places),
+        ),
+        {
+            "REVERSE": reverse,
+            "ENTERING": entering is not None,
+            "BY_ROW": job.segments.whole_rows,
+            "STORE_CHUNKS": chunks,
+            "STORE_LEFT": by_segment,
+            "STORE_END": end is not None,
             **job.carrying,
-        )
+        },
+    )
     return states, left, log_decay
 
 
-def _entering(job: Job, k: Tensor, v: Tensor, decays: tuple[Tensor, Tensor], initial_state: Tensor | None) -> Tensor:
+def _entering(job: Job, k: Tensor, v: Tensor, decays: Tensor, initial_state: Tensor | None) -> Tensor:
     """The state that enters each segment, (segments, state_heads, N, P)."""
     _, left, log_decay = _carry(job, k, v, decays, None, job.state_heads)
     return _recur(job, left, log_decay, initial_state, job.state_heads)[0]
@@ -464,61 +513,64 @@ def _recur(
     final: bool = False,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run recur_kernel: the state that enters each segment, or (final) the one that leaves each row."""
-    device = left.device
-    entering = ends = _empty(device)
+    """Run recur_kernel: the state that enters each segment, and (final) the one that leaves each row."""
+    entering = ends = torch.empty_like(left)
     if final:
-        ends = torch.empty(job.num_rows, heads, job.n, job.p, dtype=torch.float32, device=device)
-    else:
-        entering = torch.empty_like(left)
-    _, first_of_row = job.segments.on(device)
+        ends = torch.empty(job.num_rows, heads, job.n, job.p, dtype=torch.float32, device=left.device)
     plane = job.n * job.p
-    kernels.recur_kernel[(job.num_rows, heads, -(-plane // RECUR_BLOCK))](
-        left,
-        log_decay,
-        left if outer is None else outer.contiguous(),
-        entering,
-        ends,
-        first_of_row,
-        heads,
-        outer_group,
-        plane,
-        REVERSE=reverse,
-        OUTER=outer is not None,
-        STORE_ENTERING=not final,
-        STORE_FINAL=final,
-        BLOCK=RECUR_BLOCK,
-        num_warps=4,
+    launch(
+        kernels.recur_kernel,
+        (job.num_rows, heads, -(-plane // RECUR_BLOCK)),
+        (
+            *(left, log_decay),
+            left if outer is None else outer.contiguous(),
+            *(entering, ends, job.on(left.device)[1]),
+        ),
+        (heads, outer_group, plane),
+        {
+            "REVERSE": reverse,
+            "OUTER": outer is not None,
+            "STORE_FINAL": final,
+            "BLOCK": RECUR_BLOCK,
+            "num_warps": 4,
+        },
     )
     return entering, ends
 
 
-def _rest(job: Job, decays: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of dt A from each chunk's end to its row's, (dt_heads, chunks)."""
-    rest = torch.empty(job.dt_heads, job.num_chunks, dtype=torch.float32, device=decays[0].device)
-    table, first_of_row = job.segments.on(rest.device)
-    kernels.rest_kernel[(job.num_rows, job.dt_heads)](
-        decays[0], rest, rest, table, first_of_row, job.places, L=job.tuning.chunk, WHOLE_ROWS=False, num_warps=1
-    )
+def _rest(job: Job, decays: Tensor) -> Tensor:
+    """The sum of dt A / ln 2 from each chunk's end to its row's, (dt_heads, chunks)."""
+    rest = torch.empty(job.dt_heads, job.num_chunks, dtype=torch.float32, device=decays.device)
+    _run_rest(job, decays, rest, whole_rows=False)
     return rest
 
 
-def _whole_decays(job: Job, decays: tuple[Tensor, Tensor]) -> Tensor:
+def _whole_decays(job: Job, decays: Tensor) -> Tensor:
     """How much of a state is left after each row, (rows, state_heads, 1, 1)."""
-    log_decay = torch.empty(job.num_rows, job.dt_heads, dtype=torch.float32, device=decays[0].device)
-    table, first_of_row = job.segments.on(log_decay.device)
-    kernels.rest_kernel[(job.num_rows, job.dt_heads)](
-        decays[0],
-        log_decay,
-        log_decay,
-        table,
-        first_of_row,
-        job.places,
-        L=job.tuning.chunk,
-        WHOLE_ROWS=True,
-        num_warps=1,
+    log_decay = torch.empty(job.num_rows, job.dt_heads, dtype=torch.float32, device=decays.device)
+    _run_rest(job, decays, log_decay, whole_rows=True)
+    return log_decay.exp2().repeat_interleave(job.state_heads // job.dt_heads, dim=1)[..., None, None]
+
+
+def _run_rest(job: Job, decays: Tensor, out: Tensor, *, whole_rows: bool) -> None:
+    launch(
+        kernels.rest_kernel,
+        (job.num_rows, job.dt_heads, 1),
+        (decays, out, *job.on(decays.device)),
+        (job.places,),
+        {"L": job.tuning.chunk, "WHOLE_ROWS": whole_rows, "num_warps": 1},
     )
-    return log_decay.exp().repeat_interleave(job.state_heads // job.dt_heads, dim=1)[..., None, None]
+
+
+def _shapes_of_states(job: Job, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors like final states, the states that segments start from, and decays."""
+    plane = (job.state_heads, job.n, job.p)
+    segments = len(job.segments)
+    return (
+        k.new_empty((job.num_rows, *plane), dtype=torch.float32),
+        k.new_empty((0,) if job.segments.whole_rows else (segments, *plane), dtype=torch.float32),
+        k.new_empty((2, job.dt_heads, job.places) if segments else (0,), dtype=torch.float32),
+    )
 
 
 def _new_states(job: Job, initial_state: Tensor | None, device: torch.device) -> Tensor:
@@ -542,21 +594,26 @@ def _new_dstates(job: Job, dfinal: Tensor | None, device: torch.device) -> Tenso
     return dstates
 
 
-def _sum_parts(parts: Tensor, count: int, dim: int) -> Tensor:
-    """Sum neighbouring heads' parts in fp32: `count` remain at `dim`; the dtype stays."""
-    if parts.shape[dim] == count:
-        return parts
-    return parts.unflatten(dim, (count, -1)).sum(dim + 1, dtype=torch.float32).to(parts.dtype)
+def _sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Sum neighbouring heads' parts, (batch, tokens, heads, ...), into `out`; torch sums 16 bits in fp32."""
+    if parts is not out:
+        torch.sum(parts.unflatten(2, (out.shape[2], -1)), 3, dtype=out.dtype, out=out)
 
 
 def _empty(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
 
 
+def _batch_strides(*tensors: Tensor) -> list[int]:
+    return [x.stride(0) for x in tensors]
+
+
 def _readable(x: Tensor) -> Tensor:
     """x itself where its rows lie in one piece and begin at multiples of 16 bytes, as views of a projection do."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    *outer, last = x.stride()
+    step = 16 // x.element_size()
+    aligned = last == 1 and x.data_ptr() % 16 == 0 and not any(stride % step for stride in outer)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _block(size: int) -> int:
@@ -576,11 +633,10 @@ def _job(
     dt_heads: int,
     dtype: torch.dtype,
     borders: tuple[int, ...] | None,
-    tuning: Tuning | None,
 ) -> Job:
     state_heads = max(k_heads, v_heads, dt_heads)
     heads = max(q_heads, state_heads)
-    tuning = tuning or tuning_of(n, p, dtype)
+    tuning = replace(tuning_of(n, p, dtype), **_changes)
     chunks = batch * -(-tokens // tuning.chunk)
     blocks = -(-p // tuning.forward.block)
     # Fewer programs than asked for means longer segments; so it is for packed rows, however their borders lie.

@@ -1,14 +1,19 @@
 """ssd_scan and memory_converter on a GPU, as ops of torch: shapes without values, and gradients.
 
-torch.compile sees one node for each. `before` is what the output begins with (hybrid_mixer's attention), so that two
-modes write one tensor.
+torch.compile sees one node for each; a plain call in eager mode goes to the same functions without the registration.
+`before` is what the output begins with (hybrid_mixer's attention), so that two modes write one tensor.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from transmamba.ops.launching import goes_around_registration
+from transmamba.ops.rooms import Rooms
 
 from . import launches
 
@@ -30,15 +35,21 @@ def ssd_scan_triton(
     initial_state: Tensor | None = None,
     before: Tensor | None = None,
     cu_seqlens: Sequence[int] | None = None,
+    rooms: Rooms | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, final state); see ssd_scan. y begins with `before`, (batch, any length, heads, head_dim)."""
+    """Return (y, final state); see ssd_scan. y begins with `before`, (batch, any length, heads, head_dim).
+
+    rooms: that q, k and v were split by, if they are second parts.
+    """
     borders = None if cu_seqlens is None else list(cu_seqlens)
     n, p = k.shape[-1], v.shape[-1]
     if n % SIZE_STEP or p % SIZE_STEP:
         q, k, v = (pad_columns(x) for x in (q, k, v))
         before = None if before is None else pad_columns(before)
         initial_state = None if initial_state is None else pad_state(initial_state)
-    y, state, _ = ssd_scan_op(q, k, v, dt, A, D, initial_state, before, borders)
+        rooms = None
+    inputs = (q, k, v, dt, A, D, initial_state, before)
+    y, state, *_ = _call(ssd_scan_op, launches.run_scan, _Scan, inputs, borders, rooms)
     return (y[..., :p], state[..., :n, :p]) if y.shape[-1] != p or state.shape[-2] != n else (y, state)
 
 
@@ -57,8 +68,9 @@ def memory_converter_triton(
     if n % SIZE_STEP or p % SIZE_STEP:
         k, v = pad_columns(k), pad_columns(v)
         initial_state = None if initial_state is None else pad_state(initial_state)
-        return memory_converter_op(k, v, dt, A, initial_state, borders)[..., :n, :p]
-    return memory_converter_op(k, v, dt, A, initial_state, borders)
+    inputs = (k, v, dt, A, initial_state)
+    state, *_ = _call(memory_converter_op, launches.run_converter, _Converter, inputs, borders)
+    return state[..., :n, :p] if state.shape[-2] != n or state.shape[-1] != p else state
 
 
 def pad_columns(x: Tensor) -> Tensor:
@@ -71,180 +83,151 @@ def pad_state(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % SIZE_STEP, 0, -x.shape[-2] % SIZE_STEP))
 
 
-@torch.library.custom_op(
+def _call(
+    op: Any,
+    run: Any,
+    function: Any,
+    tensors: tuple[Tensor | None, ...],
+    borders: list[int] | None,
+    rooms: Rooms | None = None,
+) -> Any:
+    """Call the registered op, or what it stands for where nobody would see the difference."""
+    if not goes_around_registration(*tensors):
+        return op(*tensors, borders)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return function.apply(rooms, *tensors, borders)
+    return run(*tensors, borders)
+
+
+ssd_scan_op = torch.library.custom_op(
     "transmamba::ssd_scan",
+    lambda *inputs: tuple(launches.run_scan(*inputs)),
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? D, Tensor? initial_state, Tensor? before, "
-    f"{_BORDERS}) -> (Tensor, Tensor, Tensor)",
+    f"{_BORDERS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def ssd_scan_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launches.run_scan(q, k, v, dt, A, D, initial_state, before, borders)
+ssd_scan_op.register_fake(lambda *inputs: tuple(launches.shapes_of_scan(*inputs)))
 
-
-@ssd_scan_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    before: Tensor | None,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launches.shapes_of_scan(q, k, v, dt, before, borders)
-
-
-@torch.library.custom_op(
+ssd_scan_backward_op = torch.library.custom_op(
     "transmamba::ssd_scan_backward",
+    lambda *inputs: _apart(launches.run_scan_backward(*inputs)),
     mutates_args=(),
     schema="(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? D, "
-    f"Tensor? initial_state, Tensor entering, {_BORDERS}) "
+    f"Tensor? initial_state, Tensor entering, Tensor decays, {_BORDERS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def ssd_scan_backward_op(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    entering: Tensor,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launches.run_scan_backward(dy, dfinal, q, k, v, dt, A, D, initial_state, entering, borders)
 
 
 @ssd_scan_backward_op.register_fake
-def _(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    entering: Tensor,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, ...]:
+def _(dy: Tensor, dfinal: Tensor | None, q: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    k, v, dt, A, D, initial_state, *_ = inputs
     return (*map(_like, (q, k, v, dt, A)), _like_or_none(D, q), _like_or_none(initial_state, q))
 
 
-def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     q, k, v, dt, A, D, initial_state, before, borders = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, dt, A, D, initial_state, output[2])
+    ctx.save_for_backward(q, k, v, dt, A, D, initial_state, *output[2:])
     ctx.offset = 0 if before is None else before.shape[1]
     ctx.has_before = before is not None
     ctx.borders = borders
     ctx.shape = output[0].shape
 
 
-def _scan_gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dentering: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, dt, A, D, initial_state, entering = ctx.saved_tensors
+def _scan_gradients(
+    run: Any, ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any, rooms: tuple[Any, ...] = ()
+) -> tuple[Any, ...]:
+    D, initial_state = ctx.saved_tensors[5:7]
     if dy is None:
-        dy = v.new_zeros(ctx.shape)
-    d_before = dy[:, : ctx.offset] if ctx.has_before else None
-    dq, dk, dv, ddt, dA, dD, dstate = ssd_scan_backward_op(
-        dy[:, ctx.offset :], dfinal, q, k, v, dt, A, D, initial_state, entering, ctx.borders
-    )
+        dy = ctx.saved_tensors[2].new_zeros(ctx.shape)
+    d_before, d_after = (dy[:, : ctx.offset], dy[:, ctx.offset :]) if ctx.has_before else (None, dy)
+    gradients = run(d_after, dfinal, *ctx.saved_tensors, ctx.borders, *rooms)
+    dq, dk, dv, ddt, dA, dD, dstate = gradients
     dD, dstate = (None if D is None else dD), (None if initial_state is None else dstate)
     return dq, dk, dv, ddt, dA, dD, dstate, d_before, None
 
 
-ssd_scan_op.register_autograd(_scan_gradients, setup_context=_keep_scan)
+ssd_scan_op.register_autograd(partial(_scan_gradients, ssd_scan_backward_op), setup_context=_keep_scan)
 
 
-@torch.library.custom_op(
+class _Scan(torch.autograd.Function):
+    """The same gradients without the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, rooms: Rooms | None, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launches.run_scan(*inputs)
+        _keep_scan(ctx, inputs, output)
+        ctx.rooms = rooms
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        rooms: tuple[Any, ...] = ()
+        if ctx.rooms is not None:
+            q, k, v, dt = ctx.saved_tensors[:4]
+            rooms = ([*ctx.rooms.make(q, k, v), torch.empty_like(dt, memory_format=torch.contiguous_format)],)
+        return None, *_scan_gradients(launches.run_scan_backward, ctx, *gradients, rooms=rooms)
+
+
+memory_converter_op = torch.library.custom_op(
     "transmamba::memory_converter",
+    lambda *inputs: tuple(launches.run_converter(*inputs)),
     mutates_args=(),
-    schema=f"(Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? initial_state, {_BORDERS}) -> Tensor",
+    schema=f"(Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? initial_state, {_BORDERS}) -> (Tensor, Tensor, Tensor)",
 )
-def memory_converter_op(
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    initial_state: Tensor | None,
-    borders: Sequence[int] | None,
-) -> Tensor:
-    return launches.run_converter(k, v, dt, A, initial_state, borders)
+memory_converter_op.register_fake(lambda *inputs: tuple(launches.shapes_of_converter(*inputs)))
 
-
-@memory_converter_op.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    initial_state: Tensor | None,
-    borders: Sequence[int] | None,
-) -> Tensor:
-    rows = k.shape[0] if borders is None else len(borders) - 1
-    heads = max(k.shape[2], v.shape[2], dt.shape[2])
-    return k.new_empty((rows, heads, k.shape[3], v.shape[3]), dtype=torch.float32)
-
-
-@torch.library.custom_op(
+memory_converter_backward_op = torch.library.custom_op(
     "transmamba::memory_converter_backward",
+    lambda *inputs: launches.run_converter_backward(*inputs),
     mutates_args=(),
-    schema="(Tensor dfinal, Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? initial_state, "
-    f"{_BORDERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor dfinal, Tensor k, Tensor v, Tensor dt, Tensor A, Tensor? initial_state, Tensor entering, "
+    f"Tensor decays, {_BORDERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def memory_converter_backward_op(
-    dfinal: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    initial_state: Tensor | None,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launches.run_converter_backward(dfinal, k, v, dt, A, initial_state, borders)
 
 
 @memory_converter_backward_op.register_fake
-def _(
-    dfinal: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    initial_state: Tensor | None,
-    borders: Sequence[int] | None,
-) -> tuple[Tensor, ...]:
+def _(dfinal: Tensor, k: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    v, dt, A, initial_state, *_ = inputs
     return (*map(_like, (k, v, dt, A)), _like_or_none(initial_state, k))
 
 
-def _keep_converter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    k, v, dt, A, initial_state, borders = inputs
-    ctx.save_for_backward(k, v, dt, A, initial_state)
+def _keep_converter(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    *tensors, borders = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.borders = borders
 
 
-def _converter_gradients(ctx: Any, dfinal: Tensor) -> tuple[Any, ...]:
-    k, v, dt, A, initial_state = ctx.saved_tensors
-    dk, dv, ddt, dA, dstate = memory_converter_backward_op(dfinal, k, v, dt, A, initial_state, ctx.borders)
-    return dk, dv, ddt, dA, None if initial_state is None else dstate, None
+def _converter_gradients(run: Any, ctx: Any, dfinal: Tensor, *_: Any) -> tuple[Any, ...]:
+    *gradients, dstate = run(dfinal, *ctx.saved_tensors, ctx.borders)
+    return *gradients, None if ctx.saved_tensors[4] is None else dstate, None
 
 
-memory_converter_op.register_autograd(_converter_gradients, setup_context=_keep_converter)
+memory_converter_op.register_autograd(
+    partial(_converter_gradients, memory_converter_backward_op), setup_context=_keep_converter
+)
+
+
+class _Converter(torch.autograd.Function):
+    """The same gradients without the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, _: None, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launches.run_converter(*inputs)
+        _keep_converter(ctx, inputs, output)
+        return output[:1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return None, *_converter_gradients(launches.run_converter_backward, ctx, *gradients)
+
+
+def _apart(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same, with those of A and D, which come from one sum, in memory of their own, as torch asks of an op."""
+    dq, dk, dv, ddt, dA, dD, dstate = gradients
+    return dq, dk, dv, ddt, dA.clone(), dD.clone(), dstate
 
 
 def _like(x: Tensor) -> Tensor:

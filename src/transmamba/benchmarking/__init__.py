@@ -1,0 +1,26 @@
+"""Speeds beside those of others and beside what the device allows; nothing is timed before it was found right."""
+
+from .decode import DecodeOptions, DecodeResult, measure_decoding
+from .model import ModelOptions, ModelResult, ModelRow, measure_model
+from .ops import OpRow, OpShape, OpsOptions, OpsResult, measure_ops
+from .timing import Rates, Timing, measure_rates, provenance, time_call
+
+__all__ = [
+    "DecodeOptions",
+    "DecodeResult",
+    "ModelOptions",
+    "ModelResult",
+    "ModelRow",
+    "OpRow",
+    "OpShape",
+    "OpsOptions",
+    "OpsResult",
+    "Rates",
+    "Timing",
+    "measure_decoding",
+    "measure_model",
+    "measure_ops",
+    "measure_rates",
+    "provenance",
+    "time_call",
+]
