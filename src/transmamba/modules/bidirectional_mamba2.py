@@ -1,0 +1,115 @@
+"""A bidirectional Mamba-2 mixer for encoders: two scans of one input, in attention's letters.
+
+Notable: q, k and v are attention's projections read as C, B and x, so a Transformer's weights fit; both directions run
+as the two halves of the heads of one scan; the gate and the norm act on the sum of the directions. Rows end in padding
+if they are shorter than the batch: each row is turned around within its own tokens, so padding comes last in both
+directions and no token reads it. Parameters of the backward direction end in _b. Letters: b batch, l tokens, h heads, p
+head_dim, which is the state size too.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu, softplus
+
+from transmamba.modules.conv import CausalConv1d
+from transmamba.ops import ssd_scan
+
+DIRECTION_WEIGHTS = ("shared", "separate")
+BACKWARD = "_b"
+
+
+class BidirectionalMamba2Mixer(nn.Module):
+    """hidden (batch, seq_len, hidden_size) -> (the same, each direction's output in its scan order).
+
+    direction_weights: "shared" = q, k, v and the convolution serve both directions, which differ in step size, decay
+    and D; "separate" = each direction has all of its own. conv_kernel: 0 = none.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        conv_kernel: int,
+        conv_activation: bool,
+        direction_weights: str,
+        use_gate: bool,
+        mixer_norm: bool,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.head_dim = head_dim
+        self.conv_activation = conv_activation
+        self.is_separate = direction_weights == "separate"
+        for ending in ("", BACKWARD) if self.is_separate else ("",):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.add_module(name + ending, nn.Linear(hidden_size, width))
+            conv = CausalConv1d(3 * width, 3 * width, conv_kernel, groups=3 * width) if conv_kernel else None
+            self.add_module("conv1d" + ending, conv)
+        for ending in ("", BACKWARD):
+            self.add_module("dt_proj" + ending, nn.Linear(hidden_size, num_heads, bias=False))
+            for name in ("dt_bias", "A_log", "D"):
+                self.register_parameter(name + ending, nn.Parameter(torch.empty(num_heads)))
+        self.z_proj = nn.Linear(hidden_size, width) if use_gate else None
+        self.norm = nn.RMSNorm(width, eps=norm_eps) if mixer_norm else None
+        self.o_proj = nn.Linear(width, hidden_size)
+
+    def forward(self, hidden: Tensor, turned: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """turned (batch, seq_len): for each row, where the scan from its last token backward is at every step; None =
+        no row has padding. Outputs of directions are (batch, seq_len, heads * head_dim).
+        """
+        forward, backward = self._inputs(hidden, turned)
+        q, k, v, dt = (torch.cat(pair, dim=2) for pair in zip(forward, backward, strict=True))
+        # fp32: in bf16 A would move by up to 0.8 % (A_log of 1 to 16).
+        A = -torch.exp(torch.cat([self.A_log, self.A_log_b]).to(dt.dtype))
+        y = ssd_scan(q, k, v, dt, A, torch.cat([self.D, self.D_b]), validate=False)
+        y_f, y_b = (half.flatten(2) for half in y.chunk(2, dim=2))
+        return self.o_proj(self._finish(y_f + turn(y_b, turned), hidden)), (y_f, y_b)
+
+    def _inputs(self, hidden: Tensor, turned: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """q, k, v (b, l, h, p) and dt (b, l, h) of both directions, each in its order."""
+        both = []
+        for ending in ("", BACKWARD):
+            own = ending if self.is_separate else ""
+            projected = both[0][0] if both and not self.is_separate else self._project(hidden, own)
+            dt_raw = self.get_submodule("dt_proj" + ending)(hidden)
+            both.append((projected, dt_raw))
+        (qkv_f, dt_f), (qkv_b, dt_b) = both
+        return (
+            self._convolve(qkv_f, dt_f, "", ""),
+            self._convolve(turn(qkv_b, turned), turn(dt_b, turned), BACKWARD if self.is_separate else "", BACKWARD),
+        )
+
+    def _project(self, hidden: Tensor, ending: str) -> Tensor:
+        return torch.cat([self.get_submodule(name + ending)(hidden) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
+
+    def _convolve(self, qkv: Tensor, dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
+        conv = getattr(self, "conv1d" + own)
+        if conv is not None:
+            qkv = conv(pad(qkv, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)).transpose(1, 2)
+        if self.conv_activation:
+            qkv = silu(qkv)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.chunk(3, dim=-1))
+        dtype = torch.promote_types(dt_raw.dtype, torch.float32)  # sums of dt A drift in 16 bits
+        return q, k, v, softplus(dt_raw.to(dtype) + self.get_parameter("dt_bias" + ending).to(dtype))
+
+    def _finish(self, y: Tensor, hidden: Tensor) -> Tensor:
+        if self.z_proj is not None:
+            y = y * silu(self.z_proj(hidden))
+        return y if self.norm is None else self.norm(y.to(self.norm.weight.dtype))
+
+
+def turn(x: Tensor, turned: Tensor | None) -> Tensor:
+    """The tokens of every row, (batch, seq_len, ...), from its last to its first; padding stays behind them."""
+    if turned is None:
+        return x.flip(1)
+    index = turned.view(*turned.shape, *(1,) * (x.dim() - 2))
+    return x.gather(1, index.expand(*turned.shape, *x.shape[2:]))
+
+
+def turned_rows(lengths: Tensor, seq_len: int) -> Tensor:
+    """For rows of these lengths, (batch,), the index that `turn` takes, (batch, seq_len): its own inverse."""
+    places = torch.arange(seq_len, device=lengths.device)
+    return torch.where(places < lengths[:, None], lengths[:, None] - 1 - places, places)
