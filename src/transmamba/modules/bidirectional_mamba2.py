@@ -1,10 +1,11 @@
 """A bidirectional Mamba-2 mixer for encoders: two scans of one input, in attention's letters.
 
-Notable: q, k and v are attention's projections read as C, B and x, so a Transformer's weights fit; both directions run
-as the two halves of the heads of one scan; the gate and the norm act on the sum of the directions. Rows end in padding
+Notable: q, k and v are attention's projections read as C, B and x, so a Transformer's weights fit, with attention's
+scale of 1 / sqrt(p); the mean term is one more channel of the state, 1 in q and m in k, so that a token counts m_j +
+q_t k_j / sqrt(p): softmax's weights to first order; both directions run as the two halves of the heads of one scan; the gate and the norm act on the sum of the directions. Rows end in padding
 if they are shorter than the batch: each row is turned around within its own tokens, so padding comes last in both
 directions and no token reads it. Parameters of the backward direction end in _b. Letters: b batch, l tokens, h heads, p
-head_dim, which is the state size too.
+head_dim, the state size without the mean term.
 """
 
 import torch
@@ -22,7 +23,7 @@ class BidirectionalMamba2Mixer(nn.Module):
     """hidden (batch, seq_len, hidden_size) -> (the same, each direction's output in its scan order).
 
     direction_weights: "shared" = q, k, v and the convolution serve both directions, which differ in step size, decay
-    and D; "separate" = each direction has all of its own. conv_kernel: 0 = none.
+    and D; "separate" = each direction has all of its own. conv_kernel: 0 = none. mean_term: see above.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class BidirectionalMamba2Mixer(nn.Module):
         head_dim: int,
         conv_kernel: int,
         conv_activation: bool,
+        mean_term: bool,
         direction_weights: str,
         use_gate: bool,
         mixer_norm: bool,
@@ -42,12 +44,15 @@ class BidirectionalMamba2Mixer(nn.Module):
         width = num_heads * head_dim
         self.head_dim = head_dim
         self.conv_activation = conv_activation
+        self.mean_term = mean_term
         self.is_separate = direction_weights == "separate"
         for ending in ("", BACKWARD) if self.is_separate else ("",):
             for name in ("q_proj", "k_proj", "v_proj"):
                 self.add_module(name + ending, nn.Linear(hidden_size, width))
             conv = CausalConv1d(3 * width, 3 * width, conv_kernel, groups=3 * width) if conv_kernel else None
             self.add_module("conv1d" + ending, conv)
+            if mean_term:
+                self.add_module("mean_proj" + ending, nn.Linear(hidden_size, num_heads))
         for ending in ("", BACKWARD):
             self.add_module("dt_proj" + ending, nn.Linear(hidden_size, num_heads, bias=False))
             for name in ("dt_bias", "A_log", "D"):
@@ -69,29 +74,34 @@ class BidirectionalMamba2Mixer(nn.Module):
         return self.o_proj(self._finish(y_f + turn(y_b, turned), hidden)), (y_f, y_b)
 
     def _inputs(self, hidden: Tensor, turned: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """q, k, v (b, l, h, p) and dt (b, l, h) of both directions, each in its order."""
-        both = []
-        for ending in ("", BACKWARD):
-            own = ending if self.is_separate else ""
-            projected = both[0][0] if both and not self.is_separate else self._project(hidden, own)
-            dt_raw = self.get_submodule("dt_proj" + ending)(hidden)
-            both.append((projected, dt_raw))
-        (qkv_f, dt_f), (qkv_b, dt_b) = both
-        return (
-            self._convolve(qkv_f, dt_f, "", ""),
-            self._convolve(turn(qkv_b, turned), turn(dt_b, turned), BACKWARD if self.is_separate else "", BACKWARD),
-        )
+        """q, k, v (b, l, h, p or p + 1) and dt (b, l, h) of both directions, each in its order."""
+        first = self._project(hidden, "")
+        own = BACKWARD if self.is_separate else ""
+        second = self._project(hidden, own) if own else first
+        forward = self._scanned(first, self.dt_proj(hidden), "", "")
+        backward = self._scanned(turn(second, turned), turn(self.dt_proj_b(hidden), turned), own, BACKWARD)
+        return forward, backward
 
-    def _project(self, hidden: Tensor, ending: str) -> Tensor:
-        return torch.cat([self.get_submodule(name + ending)(hidden) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
+    def _project(self, hidden: Tensor, own: str) -> Tensor:
+        """q, k, v and m one after the other, (b, l, 3 h p + h)."""
+        names = ("q_proj", "k_proj", "v_proj", *(("mean_proj",) if self.mean_term else ()))
+        return torch.cat([self.get_submodule(name + own)(hidden) for name in names], dim=-1)
 
-    def _convolve(self, qkv: Tensor, dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
+    def _scanned(self, projected: Tensor, dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
+        """What a direction scans; projected and dt_raw in its order."""
+        heads = dt_raw.shape[-1]
+        width = 3 * heads * self.head_dim
+        qkv, m = projected[..., :width], projected[..., width:]
         conv = getattr(self, "conv1d" + own)
         if conv is not None:
             qkv = conv(pad(qkv, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)).transpose(1, 2)
         if self.conv_activation:
             qkv = silu(qkv)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.chunk(3, dim=-1))
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x in qkv.chunk(3, dim=-1))
+        q = q * self.head_dim**-0.5
+        if self.mean_term:
+            m = m[..., None]
+            q, k = torch.cat([q, torch.ones_like(m)], dim=-1), torch.cat([k, m], dim=-1)
         dtype = torch.promote_types(dt_raw.dtype, torch.float32)  # sums of dt A drift in 16 bits
         return q, k, v, softplus(dt_raw.to(dtype) + self.get_parameter("dt_bias" + ending).to(dtype))
 

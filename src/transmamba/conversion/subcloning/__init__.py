@@ -5,6 +5,7 @@ Source: weight subcloning (Samragh et al., arXiv 2312.09299) for the index sets;
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,12 @@ from transmamba.conversion.initialisation import describe_initial_value, draw_in
 from transmamba.conversion.subcloning.attention_blocks import add_attention_rows
 from transmamba.conversion.subcloning.builder import TableBuilder
 from transmamba.conversion.subcloning.depth import depth_map as make_depth_map
-from transmamba.conversion.subcloning.encoder_blocks import add_encoder_rows, encoder_start, start_encoder
+from transmamba.conversion.subcloning.encoder_blocks import (
+    add_encoder_rows,
+    calibrate_encoder,
+    encoder_start,
+    start_encoder,
+)
 from transmamba.conversion.subcloning.mamba_blocks import VISION_CONFIGS, add_mamba_rows, mamba_blocks
 from transmamba.conversion.subcloning.rankings import rank
 from transmamba.conversion.subcloning.teachers import TEXT_READERS, VISION_READERS, SubcloningTeacher, open_teacher
@@ -59,7 +65,8 @@ def plan_subcloning(
             BiMamba2: a folder, a Hugging Face id, or a model in memory.
         student_config: of a PlainMamba, ViM, VMamba, VideoMamba, TransMamba or BiMamba2, at most as wide as the teacher.
         ranking: a name of RANKINGS: which channels and neurons are kept. "stability" needs pretrained, the model that
-            the teacher was fine-tuned from; "activation" needs calibration, pixel values or token ids.
+            the teacher was fine-tuned from; "activation" needs calibration, pixel values or token ids. The heads of a
+            BiMamba2 are fitted to attention on the calibration too, if there is one.
         early_layers: only so many blocks of the student, from the first on, come from the teacher; None = all.
         depth_map: for each block of the student one of the teacher, from 0, or None; without it, one to one, repeated
             in a deeper student, the first ones in a shallower.
@@ -126,7 +133,12 @@ def subclone(
     if isinstance(student_config, TransMambaConfig):
         _draw_state_space(student, plan, student_config)
     elif isinstance(student_config, BiMamba2Config):
+        assert isinstance(student, BiMamba2Model)
         start_encoder(student, plan)
+        if calibration is not None and not student_config.conv_activation and convolution in (None, "identity"):
+            explained = calibrate_encoder(student, opened, plan, calibration)
+            words = ", ".join(f"{share:.2f}" for share in explained)
+            plan = replace(plan, notes=(*plan.notes, f"heads fitted to attention, of which they explain {words}"))
     return student.eval(), plan
 
 

@@ -6,20 +6,26 @@ with the teacher's.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transmamba.conversion.initialisation import OPEN_GATE
 from transmamba.errors import InputError
-from transmamba.models import BiMamba2Config
+from transmamba.models import BiMamba2Config, BiMamba2Model
 
 from .builder import TableBuilder
 from .rankings import choose
 from .table import SubcloningPlan
+from .teachers import RESIDUAL, SubcloningTeacher
 
 SHORTEST, LONGEST = 2.0, 64.0  # time constants of the heads, in tokens
-GAIN = 0.1  # of tau dt: the weight of all tokens together, before q k
+A_START = 2.0  # of -A: dt = 1 / (2 tau), so that both directions together weigh a text's tokens by about 1 in all
+LEAST_STEP = 1e-3  # of dt: a head whose best weight is negative keeps a gradient
+TAUS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # that a fit chooses from
+LONGEST_FIT = 512  # tokens of a row that heads are fitted on: the fit forms matrices of that size
 
 
 def add_encoder_rows(
@@ -107,21 +113,27 @@ def _check_fits(table: TableBuilder, config: BiMamba2Config) -> None:
 def encoder_start(name: str, shape: tuple[int, ...]) -> tuple[str, Tensor] | None:
     """In words and numbers, how a parameter that no Transformer has begins beside attention's weights; None = as new.
 
-    Each head averages its last 2 to 64 tokens in each direction, whatever the token, and the gate is open.
+    Each head averages 2 to 64 tokens in each direction, and the gate is open.
     """
     place = name.rpartition(".mixer.")[2].replace("_b.", ".").removesuffix("_b")
-    if place in ("dt_bias", "A_log"):
-        taus = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), shape[0])
-        dt = GAIN / taus
-        if place == "A_log":
-            return f"{-math.log(GAIN):.4g} (A = -1 / (tau dt))", torch.full(shape, -math.log(GAIN))
-        words = f"inverse softplus of {GAIN:g} / tau, tau {SHORTEST:g} to {LONGEST:g}"
-        return words, dt + torch.log(-torch.expm1(-dt))
-    if place == "z_proj.bias":
-        return "1.2785 (gate 1)", torch.full(shape, OPEN_GATE)
-    if place in ("dt_proj.weight", "z_proj.weight"):
-        return "0", torch.zeros(shape)
-    return ("0.1", torch.full(shape, 0.1)) if place == "D" else None
+    if place == "A_log":
+        return f"{math.log(A_START):.4g} (A = {-A_START:g})", torch.full(shape, math.log(A_START))
+    if place == "dt_bias":
+        dt = 1 / (A_START * torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), shape[0]))
+        words = f"inverse softplus of 1 / ({A_START:g} tau), tau {SHORTEST:g} to {LONGEST:g}"
+        return words, _inverse_softplus(dt)
+    constants = {
+        "z_proj.bias": ("1.2785 (gate 1)", OPEN_GATE),
+        "z_proj.weight": ("0", 0.0),
+        "dt_proj.weight": ("0", 0.0),
+        "mean_proj.weight": ("0", 0.0),
+        "mean_proj.bias": ("1", 1.0),
+        "D": ("0", 0.0),
+    }
+    if place not in constants:
+        return None
+    words, value = constants[place]
+    return words, torch.full(shape, value)
 
 
 @torch.no_grad()
@@ -133,3 +145,100 @@ def start_encoder(student: nn.Module, plan: SubcloningPlan) -> None:
         if start is not None:
             parameters[row.target].copy_(start[1])
 
+
+@torch.no_grad()
+def calibrate_encoder(
+    student: BiMamba2Model, teacher: SubcloningTeacher, plan: SubcloningPlan, tokens: Tensor
+) -> tuple[float, ...]:
+    """Fit tau, step, mean weight and D of every head to the attention that it comes from, on tokens (texts, length).
+
+    Every layer reads what it reads in the teacher. tau is the best of TAUS, the other three are least squares given
+    tau. Returns for every fitted layer the share of attention's output that the heads explain: 1 - squared error /
+    squared output. Only with attention's own projections: no SiLU behind the convolution, which is the identity.
+
+    Raises:
+        InputError: tokens are no ids, or longer than the teacher reads.
+    """
+    longest = min(LONGEST_FIT, int(teacher.model.config.max_position_embeddings))
+    if tokens.dim() != 2 or tokens.is_floating_point() or not 0 < tokens.shape[1] <= longest:
+        raise InputError(
+            f"calibration has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give token ids (texts, length) "
+            f"without padding, of at most {longest} tokens."
+        )
+    contexts: list[Tensor] = []
+    blocks = teacher.model.base_model.encoder.layer
+    handles = [block.attention.output.dense.register_forward_pre_hook(_keep(contexts)) for block in blocks]
+    try:
+        states = teacher.model.base_model(
+            input_ids=tokens.to(teacher.model.device), output_hidden_states=True
+        ).hidden_states
+    finally:
+        for handle in handles:
+            handle.remove()
+    explained = []
+    for number, source in enumerate(plan.depth_map):
+        if source is None:
+            continue
+        residual = plan.index_sets.get(RESIDUAL)
+        heads = plan.index_sets.get(f"block {number} values")
+        x = states[source] if residual is None else states[source][..., list(residual)]
+        wanted = contexts[source] if heads is None else contexts[source][..., list(heads)]
+        explained.append(_fit_mixer(student.layers[number].mixer, x, wanted))
+    return tuple(explained)
+
+
+def _fit_mixer(mixer: Any, x: Tensor, wanted: Tensor) -> float:
+    size = mixer.head_dim
+    q, k, v, y = (
+        rows.unflatten(-1, (-1, size)).transpose(1, 2).double()
+        for rows in (mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x), wanted)
+    )
+    scores = q @ k.transpose(-1, -2) / size**0.5
+    places = torch.arange(x.shape[1], device=x.device)
+    apart = (places[:, None] - places).abs().double()
+    best: Tensor | None = None  # (heads, 5): squared error, tau, step, mean weight, D
+    for tau in TAUS:
+        decay = torch.exp(-apart / tau)
+        decay = decay + torch.eye(len(places), dtype=decay.dtype, device=decay.device)  # both directions read a token
+        columns = [(scores * decay) @ v, decay @ v, v] if mixer.mean_term else [(scores * decay) @ v, v]
+        found = torch.stack(
+            [_least_squares([c[:, h].flatten() for c in columns], y[:, h].flatten()) for h in range(y.shape[1])]
+        )
+        found = torch.cat([found[:, :1], torch.full_like(found[:, :1], tau), found[:, 1:]], dim=1)
+        best = found if best is None else torch.where((found[:, :1] < best[:, :1]), found, best)
+    assert best is not None
+    error, tau_best, step = best[:, 0], best[:, 1], best[:, 2]
+    for ending in ("", "_b"):
+        mixer.get_parameter("dt_bias" + ending).copy_(_inverse_softplus(step))
+        mixer.get_parameter("A_log" + ending).copy_(-torch.log(tau_best * step))
+        mixer.get_parameter("D" + ending).copy_(best[:, -1] / 2)
+        if mixer.mean_term and (mixer.is_separate or not ending):
+            mixer.get_parameter(f"mean_proj{ending}.bias").copy_(best[:, 3] / step)
+    return 1 - float(error.sum() / y.square().sum())
+
+
+def _least_squares(columns: list[Tensor], y: Tensor) -> Tensor:
+    """The squared error and the weights, of which the first is at least LEAST_STEP."""
+    X = torch.stack(columns, dim=1)
+    weights = _solve(X, y)
+    if weights[0] < LEAST_STEP:
+        rest = _solve(X[:, 1:], y - LEAST_STEP * X[:, 0])
+        weights = torch.cat([weights.new_full((1,), LEAST_STEP), rest])
+    return torch.cat([(y - X @ weights).square().sum()[None], weights])
+
+
+def _solve(X: Tensor, y: Tensor) -> Tensor:
+    gram = X.T @ X
+    ridge = 1e-9 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), X.T @ y)
+
+
+def _inverse_softplus(dt: Tensor) -> Tensor:
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    return hook
