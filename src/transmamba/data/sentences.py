@@ -21,10 +21,13 @@ from transmamba.progress import progress_bar
 __all__ = ["SentenceDataset", "make_sentences", "pad_texts", "split_sentences"]
 
 # A full stop behind a single letter or a usual short form ends no sentence.
-_END = re.compile(r"(?<!\b[A-Z]\.)(?<!\b(?:Mr|Dr|St|vs|Jr|Sr|ca|cf|No)\.)(?<!\bMrs\.)(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+_END = re.compile(
+    r"(?<!\b[A-Z]\.)(?<!\b(?:Mr|Dr|St|vs|Jr|Sr|ca|cf|No)\.)(?<!\bMrs\.)(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])"
+)
 FEWEST_WORDS = 4  # a heading or a remnant has fewer
 LENGTHS_TO_ROUND = 8  # rows are padded to a multiple, so that there are few shapes
 BATCHES_TO_SORT = 50  # among so many batches at a time, texts of one length come together
+SENTENCES_AT_ONCE = 1 << 14  # tokenised together; bounds the library's working memory
 FILES = {"tokens": "tokens.npy", "lengths": "lengths.npy", "about": "sentences.json"}
 
 
@@ -76,9 +79,7 @@ class SentenceDataset(Dataset[dict[str, Tensor]]):
         whole = [batch for batch in batches if len(batch) == batch_size]
         rest = [batch for batch in batches if len(batch) < batch_size]
         shuffled = [whole[at] for at in generator.permutation(len(whole))]
-        made = SentenceDataset(
-            self.tokens, self.lengths, first=self.first, last=self.last, vocab_size=self.vocab_size
-        )
+        made = SentenceDataset(self.tokens, self.lengths, first=self.first, last=self.last, vocab_size=self.vocab_size)
         made._order = np.concatenate([*shuffled, *rest]) if len(self) else self._order
         return made
 
@@ -161,8 +162,8 @@ def make_sentences(
     with progress_bar("Cutting sentences", total=len(documents)) as advance:
         for document in documents:
             sentences = split_sentences(document)
-            if sentences:
-                rows = [row[:room].astype(dtype) for row in encode(sentences)]
+            for start in range(0, len(sentences), SENTENCES_AT_ONCE):
+                rows = [row[:room].astype(dtype) for row in encode(sentences[start : start + SENTENCES_AT_ONCE])]
                 items += _items([row for row in rows if len(row)], room, passage_share, generator)
             advance(1)
     if not items:

@@ -122,7 +122,9 @@ class SentenceAdaptionObjective:
 class SentenceProjections(nn.Module):
     """From the student's scans and states to the teacher's width; states of that width need none."""
 
-    def __init__(self, config: BiMamba2Config, target: int, *, sharing: str = "direction", padding: bool = True) -> None:
+    def __init__(
+        self, config: BiMamba2Config, target: int, *, sharing: str = "direction", padding: bool = True
+    ) -> None:
         super().__init__()
         width = config.num_heads * (config.head_dim or 1)
         widths = [{"forward": width, "backward": width} for _ in range(config.num_hidden_layers)]

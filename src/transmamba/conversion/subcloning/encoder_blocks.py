@@ -35,7 +35,9 @@ def add_encoder_rows(
     _check_fits(table, config)
     residual = table.residual(config.hidden_size)
     rows = table.sizes["position"]
-    places = None if config.num_positions == 1 else table.given_set("positions", "position", range(config.num_positions))
+    places = (
+        None if config.num_positions == 1 else table.given_set("positions", "position", range(config.num_positions))
+    )
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         is_mean = name == "position_embeddings" and config.num_positions == 1 < rows
         table.take(
@@ -107,7 +109,9 @@ def _check_fits(table: TableBuilder, config: BiMamba2Config) -> None:
     }
     for name, most in at_most.items():
         if getattr(config, name) > most:
-            raise InputError(f"the student's {name} is {getattr(config, name)}; it must be at most the teacher's {most}.")
+            raise InputError(
+                f"the student's {name} is {getattr(config, name)}; it must be at most the teacher's {most}."
+            )
 
 
 def encoder_start(name: str, shape: tuple[int, ...]) -> tuple[str, Tensor] | None:

@@ -77,9 +77,7 @@ class BiMamba2PreTrainedModel(PreTrainedModel):
         name = next(name for name, other in self.named_modules() if other is module)
         table = self.initial_values(self.config)
         for ending, parameter in module.named_parameters(recurse=False):
-            apply_initial_value(
-                parameter, find_initial_value(table, f"{name}.{ending}"), dt_init_floor=DT_INIT_FLOOR
-            )
+            apply_initial_value(parameter, find_initial_value(table, f"{name}.{ending}"), dt_init_floor=DT_INIT_FLOOR)
 
 
 class BiMamba2Model(BiMamba2PreTrainedModel):
@@ -222,9 +220,7 @@ class _Layout:
         if mask is None:
             return _Layout()
         if tuple(mask.shape) != (batch, seq_len):
-            raise InputError(
-                f"attention_mask has shape {tuple(mask.shape)}; give ({batch}, {seq_len}), 0 for padding."
-            )
+            raise InputError(f"attention_mask has shape {tuple(mask.shape)}; give ({batch}, {seq_len}), 0 for padding.")
         real = mask != 0
         lengths = real.sum(dim=1)
         order = torch.argsort(~real, dim=1, stable=True)
