@@ -1,4 +1,4 @@
-"""What a BERT-type sentence encoder says about texts: its sentence embedding, and the tokens in and after every block."""
+"""What a BERT-type sentence encoder says about texts: its embedding, and the tokens in and after every block."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

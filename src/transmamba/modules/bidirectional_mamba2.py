@@ -1,11 +1,11 @@
 """A bidirectional Mamba-2 mixer for encoders: two scans of one input, in attention's letters.
 
 Notable: q, k and v are attention's projections read as C, B and x, so a Transformer's weights fit, with attention's
-scale of 1 / sqrt(p); the mean term is one more channel of the state, 1 in q and m in k, so that a token counts m_j +
-q_t k_j / sqrt(p): softmax's weights to first order; both directions run as the two halves of the heads of one scan; the gate and the norm act on the sum of the directions. Rows end in padding
-if they are shorter than the batch: each row is turned around within its own tokens, so padding comes last in both
-directions and no token reads it. Parameters of the backward direction end in _b. Letters: b batch, l tokens, h heads, p
-head_dim, the state size without the mean term.
+scale of 1 / sqrt(p). The mean term is one more channel of the state, 1 in q and m in k, so that token j counts m_j +
+q_t k_j / sqrt(p) for token t: softmax's weights to first order. Both directions run as the two halves of the heads of
+one scan; the gate and the norm act on their sum. Rows end in padding if they are shorter than the batch: each row is
+turned around within its own tokens, so padding comes last in both directions and no token reads it. Parameters of the
+backward direction end in _b. Letters: b batch, l tokens, h heads, p head_dim, the state size without the mean term.
 """
 
 import torch
@@ -68,8 +68,8 @@ class BidirectionalMamba2Mixer(nn.Module):
         forward, backward = self._inputs(hidden, turned)
         q, k, v, dt = (torch.cat(pair, dim=2) for pair in zip(forward, backward, strict=True))
         # fp32: in bf16 A would move by up to 0.8 % (A_log of 1 to 16).
-        A = -torch.exp(torch.cat([self.A_log, self.A_log_b]).to(dt.dtype))
-        y = ssd_scan(q, k, v, dt, A, torch.cat([self.D, self.D_b]), validate=False)
+        A = -torch.exp(self._both("A_log").to(dt.dtype))
+        y = ssd_scan(q, k, v, dt, A, self._both("D"), validate=False)
         y_f, y_b = (half.flatten(2) for half in y.chunk(2, dim=2))
         return self.o_proj(self._finish(y_f + turn(y_b, turned), hidden)), (y_f, y_b)
 
@@ -78,9 +78,17 @@ class BidirectionalMamba2Mixer(nn.Module):
         first = self._project(hidden, "")
         own = BACKWARD if self.is_separate else ""
         second = self._project(hidden, own) if own else first
-        forward = self._scanned(first, self.dt_proj(hidden), "", "")
-        backward = self._scanned(turn(second, turned), turn(self.dt_proj_b(hidden), turned), own, BACKWARD)
+        forward = self._scanned(first, self._steps(hidden, ""), "", "")
+        backward = self._scanned(turn(second, turned), turn(self._steps(hidden, BACKWARD), turned), own, BACKWARD)
         return forward, backward
+
+    def _both(self, name: str) -> Tensor:
+        """A parameter of the forward heads, then of the backward ones."""
+        return torch.cat([self.get_parameter(name), self.get_parameter(name + BACKWARD)])
+
+    def _steps(self, hidden: Tensor, ending: str) -> Tensor:
+        """dt before its bias and softplus, (b, l, h)."""
+        return self.get_submodule("dt_proj" + ending)(hidden)
 
     def _project(self, hidden: Tensor, own: str) -> Tensor:
         """q, k, v and m one after the other, (b, l, 3 h p + h)."""

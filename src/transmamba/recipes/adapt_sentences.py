@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def adapt_sentence_encoder(run: SentenceAdaptationRun, *, resume: bool = False, 
     if run.loss.beta and prepared.config.hidden_size != prepared.teacher.config.hidden_size:
         raise RecipeError(
             f"the student is {prepared.config.hidden_size} wide and the teacher "
-            f"{prepared.teacher.config.hidden_size}, so their embeddings cannot be compared one by one; set loss.beta=0 "
-            "and loss.similarity=1, which compares texts with texts."
+            f"{prepared.teacher.config.hidden_size}, so their embeddings cannot be compared one by one; set "
+            "loss.beta=0 and loss.similarity=1, which compares texts with texts."
         )
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +141,8 @@ def adapt_sentence_encoder(run: SentenceAdaptationRun, *, resume: bool = False, 
     student.eval()
     scores: list[RetrievalScore | None] = [None, None]
     if captions is not None:
-        scores = [
-            evaluate_caption_retrieval(lambda texts, one=one: embed_texts(one, prepared.tokenizer, texts), captions)
-            for one in (student, teacher.model)
-        ]
+        embedders = [partial(embed_texts, one, prepared.tokenizer) for one in (student, teacher.model)]
+        scores = [evaluate_caption_retrieval(embed, captions) for embed in embedders]
     done = AdaptedEncoder(
         run=run,
         folder=folder,

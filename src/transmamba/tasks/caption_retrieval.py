@@ -34,7 +34,7 @@ class RetrievalScore:
 
 
 def read_captions(path: str | Path, max_photos: int | None = None) -> list[list[str]]:
-    """The captions of every photo of a .jsonl file of {"captions": [...]}, as many of each as the photo with fewest has.
+    """The captions of every photo of a .jsonl file of {"captions": [...]}, of each as many as the one with fewest has.
 
     Raises:
         CorpusError: the file is missing or malformed, or a photo has fewer than two captions.

@@ -63,7 +63,8 @@ def plan_subcloning(
     Args:
         teacher: a ViT or DeiT for a student of images, a causal language model for a TransMamba, or a BERT for a
             BiMamba2: a folder, a Hugging Face id, or a model in memory.
-        student_config: of a PlainMamba, ViM, VMamba, VideoMamba, TransMamba or BiMamba2, at most as wide as the teacher.
+        student_config: of a PlainMamba, ViM, VMamba, VideoMamba, TransMamba or BiMamba2, at most as wide as the
+            teacher.
         ranking: a name of RANKINGS: which channels and neurons are kept. "stability" needs pretrained, the model that
             the teacher was fine-tuned from; "activation" needs calibration, pixel values or token ids. The heads of a
             BiMamba2 are fitted to attention on the calibration too, if there is one.
@@ -217,9 +218,9 @@ def _initial_value(model: PreTrainedModel, config: PreTrainedConfig, name: str) 
         start = "local" if _begins_local(config, name) else "mamba2"
         return describe_initial_value(find_initialisation(start, has_text=False)[1], name, config)
     if isinstance(config, BiMamba2Config):
-        start = encoder_start(name, tuple(model.get_parameter(name).shape))
-        if start is not None:
-            return start[0]
+        begun = encoder_start(name, tuple(model.get_parameter(name).shape))
+        if begun is not None:
+            return begun[0]
     row = find_initial_value(model.initial_values(config), name)
     numbers = {"constant": f" {row.a:g}", "truncated_normal": f" {row.a:g}", "log_counting": ""}
     return f"{row.distribution}" + numbers.get(row.distribution, f" {row.a:.3g} to {row.b:.3g}")

@@ -17,13 +17,14 @@ class BiMamba2Config(PreTrainedConfig):
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, hidden_act, layer_norm_eps, type_vocab_size,
             initializer_range, pad_token_id: as in BERT.
-        num_heads, head_dim: of the mixer; head_dim is the state size too, but for the mean term; None = hidden_size / num_heads.
+        num_heads, head_dim: of the mixer; head_dim is the state size too, but for the mean term; None = hidden_size /
+            num_heads.
         num_positions: learned position embeddings. Tokens beyond the last one take the last one's, so there is no
             longest text; 1 = the same vector for all tokens.
         direction_weights: "shared" = q, k, v and the convolution serve both directions; "separate" = each its own.
         conv_kernel: taps of the convolution on q, k and v, along each scan; 0 = none. conv_activation: SiLU behind it.
-        mean_term: a head has one more channel of state, which gives a token a weight whatever the query is; with it a head
-            can average as attention does.
+        mean_term: one more channel of state, which gives a token a weight whatever the query is; with it a head can
+            average, as attention does.
         use_gate: SiLU(z) multiplies the sum of the directions. mixer_norm: an RMSNorm behind it, before o_proj.
         normalize: whether the sentence embedding has length 1.
         A_init_range, dt_min, dt_max: initial values of A and dt, as in Mamba-2.
