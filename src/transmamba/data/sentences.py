@@ -117,7 +117,7 @@ class SentenceDataset(Dataset[dict[str, Tensor]]):
                 last=int(about["last"]),
                 vocab_size=int(about["vocab_size"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise CorpusError(
                 f"{folder} holds no stored sentences ({reason}); write them anew with SentenceDataset.save."
