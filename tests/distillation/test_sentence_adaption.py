@@ -137,7 +137,7 @@ def test_embedding_losses() -> None:
     cosine, mse = embedding_loss(a, b, "cosine"), embedding_loss(a, b, "mse")
     assert abs(mse - 2 * cosine) < 1e-12  # |x - y|^2 = 2 - 2 cos of unit vectors
     assert embedding_loss(a, 3 * a, "cosine").abs() < 1e-12
-    with pytest.raises(InputError, match="set loss.beta=0 and loss.similarity=1"):
+    with pytest.raises(InputError, match=r"set loss\.beta=0 and loss\.similarity=1"):
         embedding_loss(a, b[:, :4], "cosine")
 
 

