@@ -57,8 +57,10 @@ class SentenceDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         at = self._order[index]
-        ids = self.tokens[self._starts[at] : self._starts[at + 1]].astype(np.int64)
-        return {"input_ids": torch.from_numpy(np.concatenate([[self.first], ids, [self.last]]))}
+        ids = np.empty(self.lengths[at] + 2, dtype=np.int64)
+        ids[0], ids[-1] = self.first, self.last
+        ids[1:-1] = self.tokens[self._starts[at] : self._starts[at + 1]]
+        return {"input_ids": torch.from_numpy(ids)}
 
     @property
     def num_tokens(self) -> int:
@@ -184,13 +186,10 @@ def pad_texts(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     labels are 0, one for each text: by them the Trainer counts the texts of a step.
     """
     rows = [item["input_ids"] for item in items]
-    longest = max(map(len, rows))
-    longest += -longest % LENGTHS_TO_ROUND
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        input_ids[at, : len(row)] = row
-        mask[at, : len(row)] = 1
+    lengths = torch.tensor([len(row) for row in rows])
+    stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    input_ids = torch.nn.functional.pad(stacked, (0, -stacked.shape[1] % LENGTHS_TO_ROUND))
+    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     return {"input_ids": input_ids, "attention_mask": mask, "labels": torch.zeros(len(rows), dtype=torch.int64)}
 
 

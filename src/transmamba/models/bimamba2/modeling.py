@@ -223,7 +223,7 @@ class _Layout:
             raise InputError(f"attention_mask has shape {tuple(mask.shape)}; give ({batch}, {seq_len}), 0 for padding.")
         real = mask != 0
         lengths = real.sum(dim=1)
-        order = torch.argsort(~real, dim=1, stable=True)
+        order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
         return _Layout(lengths, order, turned_rows(lengths, seq_len))
 
     def pack(self, x: Tensor) -> Tensor:
