@@ -57,6 +57,7 @@ FLAGS = {
     "evaluate": {
         "CHECKPOINT",
         "--batch-size",
+        "--captions",
         "--device",
         "--json",
         "--limit",
