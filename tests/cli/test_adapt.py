@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conversion.text_teachers import write_bert
 from tests.recipes.adaptations import write_teacher
+from tests.recipes.sentence_runs import write_captions, write_text
 from transmamba.cli.main import main
 
 SMALL = {
@@ -45,7 +47,7 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--task", "retrieval"], "task='retrieval' is unknown; there is image-classification"),
+        (["--task", "retrieval"], "task='retrieval' is unknown; there is image-classification and sentence-embedding"),
         (["--recipe", "adapt_v3"], "There is no recipe 'adapt_v3'. Did you mean 'adapt_v1'?"),
         (["--set", "loss.layer_weights=best"], "layer_weights='best' is unknown"),
         (["--data", "nowhere"], "nowhere is no folder"),
@@ -58,6 +60,49 @@ def test_mistakes_are_one_line(
     write_teacher(tmp_path)
     capsys.readouterr()
     assert main(flags(tmp_path, *more)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def sentence_flags(folder: Path, *more: str) -> list[str]:
+    write_bert(folder)
+    named = {"--teacher": folder / "teacher", "--data": write_text(folder), "--output": folder / "run"}
+    given = [str(text) for pair in named.items() for text in pair]
+    fields = {
+        "text.document_separator": "\n\n",
+        "max_length": "36",
+        "batch_size": "8",
+        "texts": "16",
+        "eval_texts": "8",
+    }
+    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    return ["adapt", "--task", "sentence-embedding", "--device", "cpu", *given, *sets, *more]
+
+
+def test_a_sentence_encoder_is_adapted_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(sentence_flags(tmp_path, "--set", f"captions={write_captions(tmp_path)}")) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("cosine with the teacher", "student, recall at 1", "among 4 photos"))
+    assert (tmp_path / "run" / "model" / "modules.json").is_file()
+    assert main(sentence_flags(tmp_path, "--dry-run")) == 0
+    assert "(bert) -> bimamba2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "adapt_sentence"], "Did you mean 'adapt_sentences'?"),
+        (["--student", "vim_tiny"], "student='vim_tiny' is unknown"),
+        (["--data", "nowhere"], "There is no file or folder 'nowhere'"),
+    ],
+)
+def test_mistakes_with_sentences_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    arguments = sentence_flags(tmp_path, *more)
+    capsys.readouterr()
+    assert main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

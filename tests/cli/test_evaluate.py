@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.checkpoints import save_source, tiny_source
+from tests.conversion.text_teachers import write_bert
+from tests.recipes.sentence_runs import write_captions
 from tests.training.toy import toy_run
 from transmamba import convert
 from transmamba.cli.main import main
@@ -165,3 +167,14 @@ def test_where_lm_eval_is_absent_the_extra_is_named(
     capsys.readouterr()
     assert main(["evaluate", str(pair["student"]), "--tasks", "arc_easy", "--device", "cpu"]) == 2
     assert "lm_eval is not installed: pip install 'transmamba[eval]'" in capsys.readouterr().err
+
+
+def test_a_sentence_encoder_is_scored_on_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, captions = str(write_bert(tmp_path)), str(write_captions(tmp_path))
+    out = tmp_path / "score.json"
+    assert main(["evaluate", teacher, "--captions", captions, "--device", "cpu", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("recall at 1", "recall at 10", "of 4"))
+    assert json.loads(out.read_text())["captions"]["num_questions"] == 8
+    assert main(["evaluate", teacher, "--captions", captions, "--seq-len", "8"]) == 2
+    assert "--captions takes --batch-size, --device and --json" in capsys.readouterr().err

@@ -58,6 +58,7 @@ FLAGS = {
     "evaluate": {
         "CHECKPOINT",
         "--batch-size",
+        "--captions",
         "--device",
         "--json",
         "--limit",

@@ -35,6 +35,7 @@ EXTRAS = {
     "eval": "the lm-eval harness",
     "peft": "LoRA adapters",
     "tensorboard": "training logs that TensorBoard shows",
+    "text": "MiniLM-L6, a sentence encoder to adapt, and sentence-transformers",
     "triton": "GPU kernels",
     "vision": "augmentation of images, and handwritten digits",
 }

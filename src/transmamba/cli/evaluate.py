@@ -1,4 +1,4 @@
-"""`transmamba evaluate`: what a language model scores on a text, or on tasks of lm-eval."""
+"""`transmamba evaluate`: what a language model scores on a text or on tasks of lm-eval, or an encoder on captions."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +38,13 @@ def evaluate(
             "separated by commas."
         ),
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help='Instead of a text: a .jsonl file of {"captions": [...]}, a photo a line. A sentence encoder finds '
+            "another caption of the same photo."
+        ),
+    ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(help="A folder of lm-eval's YAML files that defines more tasks.")
     ] = None,
@@ -53,7 +60,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Also write everything to this file.")] = None,
 ) -> None:
-    """Measure the loss per byte of a model and the loss by position, or its scores on tasks."""
+    """Measure the loss per byte of a model and the loss by position, or its scores on tasks or captions."""
     from json import dumps
 
     from rich.console import Console
@@ -62,6 +69,10 @@ def evaluate(
     from transmamba.models import TransMambaForCausalLM
     from transmamba.training.checkpoints import write_atomically
 
+    if captions is not None:
+        _check_captions_alone(text, seq_len, tasks, task_folder, limit, num_fewshot, trans_points)
+        _evaluate_captions(Console(), checkpoint, captions, resolve_device(device), batch_size or 64, json)
+        return
     _check_flags(text=text, seq_len=seq_len, tasks=tasks, only_tasks=(task_folder, limit, num_fewshot))
     if json is not None and not json.parent.is_dir():
         raise RecipeError(f"--json {json}: there is no folder {json.parent}; make it first.")
@@ -83,6 +94,35 @@ def evaluate(
         content = _evaluate_tasks(console, checkpoint, model, tokenizer, chosen, names, batch_size or 16, options)
     if json is not None:
         write_atomically(json, dumps({"checkpoint": checkpoint, **content}, indent=2) + "\n")
+
+
+def _check_captions_alone(*others: Any) -> None:
+    if any(value is not None for value in others):
+        raise RecipeError("--captions takes --batch-size, --device and --json; run the command once for each measure.")
+
+
+def _evaluate_captions(
+    console: "Console", checkpoint: str, captions: Path, device: "torch.device", batch_size: int, json: Path | None
+) -> None:
+    from functools import partial
+    from json import dumps
+
+    from rich.table import Table
+
+    from transmamba.inference import embed_texts, load_text_encoder
+    from transmamba.tasks import evaluate_caption_retrieval, read_captions
+    from transmamba.training.checkpoints import write_atomically
+
+    photos = read_captions(captions)
+    model, tokenizer = load_text_encoder(checkpoint, device=device)
+    score = evaluate_caption_retrieval(partial(embed_texts, model, tokenizer, batch_size=batch_size), photos)
+    table = Table(title=f"{checkpoint} on {captions}", show_header=False, title_justify="left")
+    for within in (1, 5, 10):
+        table.add_row(f"recall at {within}", f"{100 * getattr(score, f'recall_at_{within}'):.1f} %")
+    table.add_row("mean rank", f"{score.mean_rank:.2f} of {score.num_photos:,}")
+    console.print(table)
+    if json is not None:
+        write_atomically(json, dumps({"checkpoint": checkpoint, "captions": asdict(score)}, indent=2) + "\n")
 
 
 def _check_flags(*, text: str | None, seq_len: int | None, tasks: str | None, only_tasks: tuple[Any, ...]) -> None:

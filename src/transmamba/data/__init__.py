@@ -12,6 +12,7 @@ from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
 from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images
 from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
 from transmamba.data.recall import RECALL_TASKS, RecallPrompt, recall_prompts, shortest_recall
+from transmamba.data.sentences import SentenceDataset, make_sentences, pad_texts, split_sentences
 from transmamba.data.text import Documents, TextSource, load_documents
 from transmamba.data.tokenizers import load_tokenizer, token_byte_lengths
 
@@ -26,6 +27,7 @@ __all__ = [
     "ImageSource",
     "PackedDataset",
     "RecallPrompt",
+    "SentenceDataset",
     "TextSource",
     "as_floats",
     "augment",
@@ -33,8 +35,11 @@ __all__ = [
     "load_documents",
     "load_images",
     "load_tokenizer",
+    "make_sentences",
     "pack_documents",
+    "pad_texts",
     "recall_prompts",
     "shortest_recall",
+    "split_sentences",
     "token_byte_lengths",
 ]

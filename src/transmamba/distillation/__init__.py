@@ -1,6 +1,7 @@
 """Distillation: losses, what is tapped of student and teacher, where the TransPoints are, teachers that were stored.
 
-And for students of images: directions, layer weights and projections of the adaption, and what it is compared with.
+And for students of images and text: directions, layer weights and projections of the adaption, and what it is
+compared with.
 """
 
 from .adaption import AdaptionLoss, AdaptionObjective, feature_loss, make_projections, student_features
@@ -20,8 +21,10 @@ from .losses import DenseTarget, GivenTarget, LogitTarget, TopKTarget, logit_los
 from .objectives import AlignmentObjective, LogitObjective
 from .offline import StoredTeacher, StoredTeacherInfo, TaughtWindows, store_teacher
 from .projections import LatentProjections, attached
+from .sentence_adaption import SentenceAdaptionObjective, SentenceLoss, SentenceProjections
 from .signals import MixerSignal, mixer_signals, teacher_forced
 from .teacher import OnlineTeacher, Teacher
+from .text_teacher import TextSignals, TextTeacher
 from .vision_teacher import TeacherSignals, VisionTeacher
 
 __all__ = [
@@ -39,6 +42,9 @@ __all__ = [
     "MixerSignal",
     "MixingObjective",
     "OnlineTeacher",
+    "SentenceAdaptionObjective",
+    "SentenceLoss",
+    "SentenceProjections",
     "SoftLogitObjective",
     "StoredTeacher",
     "StoredTeacherInfo",
@@ -46,6 +52,8 @@ __all__ = [
     "TaughtWindows",
     "Teacher",
     "TeacherSignals",
+    "TextSignals",
+    "TextTeacher",
     "TopKTarget",
     "TransPointCurriculum",
     "VisionTeacher",

@@ -54,8 +54,10 @@ def teacher_in_order(
     return both[:, direction.patches + 1], torch.arange(len(direction.patches), device=tokens.device)
 
 
-def direction_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+def direction_cosine(student: Tensor, teacher: Tensor, inside: Tensor | None = None) -> Tensor:
     """Return c: the mean over tokens and batch of the cosine of standardised features; both (batch, steps, width).
+
+    inside (batch, steps), bool: the tokens that count; None = all.
 
     Standardised: layer norm without parameters, so that neither a mean nor a scale of the features counts. fp32, or
     fp64 for fp64 inputs.
@@ -63,7 +65,8 @@ def direction_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
     width = (student.shape[-1],)
     ours, theirs = (layer_norm(x.to(dtype), width) for x in (student, teacher))
-    return cosine_similarity(ours, theirs, dim=-1).mean()
+    cosines = cosine_similarity(ours, theirs, dim=-1)
+    return cosines.mean() if inside is None else torch.where(inside, cosines, 0.0).sum() / inside.sum().clamp(min=1)
 
 
 def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target: str = "mapped") -> int:

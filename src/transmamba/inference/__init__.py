@@ -4,13 +4,18 @@ from .checkpoint import load_checkpoint, load_language_model
 from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
+from .text_encoder import PACKAGED_ENCODERS, embed_texts, find_text_encoder, load_text_encoder
 
 __all__ = [
+    "PACKAGED_ENCODERS",
     "Continuation",
     "SpeedPoint",
     "continue_prompt",
+    "embed_texts",
+    "find_text_encoder",
     "load_checkpoint",
     "load_language_model",
+    "load_text_encoder",
     "measure_speed",
     "resolve_device",
 ]

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForVideoClassification,
 )
 
+from .bimamba2 import BiMamba2Config, BiMamba2Model
 from .plain_mamba import PlainMambaConfig, PlainMambaForImageClassification, PlainMambaModel
 from .presets import VISION_PRESETS, vision_config, vision_model, vision_model_of
 from .timm_models import register_with_timm
@@ -24,6 +25,8 @@ from .vmamba import VMambaConfig, VMambaForImageClassification, VMambaModel
 
 __all__ = [
     "VISION_PRESETS",
+    "BiMamba2Config",
+    "BiMamba2Model",
     "PlainMambaConfig",
     "PlainMambaForImageClassification",
     "PlainMambaModel",
@@ -48,6 +51,8 @@ __all__ = [
     "vision_model_of",
 ]
 
+AutoConfig.register("bimamba2", BiMamba2Config, exist_ok=True)
+AutoModel.register(BiMamba2Config, BiMamba2Model, exist_ok=True)
 AutoConfig.register("transmamba", TransMambaConfig, exist_ok=True)
 AutoModel.register(TransMambaConfig, TransMambaModel, exist_ok=True)
 AutoModelForCausalLM.register(TransMambaConfig, TransMambaForCausalLM, exist_ok=True)

@@ -1,6 +1,7 @@
 """Parameters and shapes: the parts that models are made of."""
 
 from .bidirectional_mamba import BidirectionalMambaMixer
+from .bidirectional_mamba2 import BidirectionalMamba2Mixer
 from .cache import TransMambaCache, TransMambaLayerCache
 from .conv import CausalConv1d
 from .cross_scan import CrossScanMixer
@@ -13,6 +14,7 @@ from .scan_orders import DirectionOutput, ScanOrder, scan_order, scan_order_name
 
 __all__ = [
     "SSM_PARAMETERS",
+    "BidirectionalMamba2Mixer",
     "BidirectionalMambaMixer",
     "CausalConv1d",
     "CrossScanMixer",

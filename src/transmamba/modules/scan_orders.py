@@ -53,7 +53,8 @@ class DirectionOutput:
     """What one direction of a layer gives before the directions are merged and projected.
 
     features (batch, seq_len, channels), in the order of the scan. patches (seq_len,): the raster index of the patch at
-    every step, or TOKEN_WITHOUT_PATCH where there is another token, such as a class token.
+    every step, or TOKEN_WITHOUT_PATCH where there is another token, such as a class token. Of text, (batch, seq_len):
+    the place of the token, since rows have lengths of their own, or TOKEN_WITHOUT_PATCH in padding.
     """
 
     name: str
@@ -62,7 +63,14 @@ class DirectionOutput:
     grid: tuple[int, ...]
 
     def in_raster_order(self) -> Tensor:
-        """The features of the patches alone, (batch, patches, channels), as they lie in the image."""
+        """The features of the patches alone, (batch, patches, channels), as they lie in the image.
+
+        Of text, (batch, seq_len, channels), zero in padding.
+        """
+        if self.patches.dim() == 2:
+            is_token = (self.patches != TOKEN_WITHOUT_PATCH)[..., None]
+            index = self.patches.clamp(min=0)[..., None].expand_as(self.features)
+            return torch.zeros_like(self.features).scatter_add(1, index, torch.where(is_token, self.features, 0.0))
         kept = (self.patches != TOKEN_WITHOUT_PATCH).nonzero().squeeze(1)
         return self.features[:, kept[torch.argsort(self.patches[kept])]]
 

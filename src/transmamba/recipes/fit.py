@@ -1,6 +1,6 @@
 """Training one model with the Trainer: what runs of every kind share once data, loss and arguments are known."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +32,12 @@ def fit(
     keep_checkpoints: int,
     loss_fn: LossFunction = causal_lm_loss,
     callbacks: Sequence[TrainerCallback] = (),
+    data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
 ) -> Model:
-    """Train to the end, from a checkpoint if there is one, and return the model, on its device."""
+    """Train to the end, from a checkpoint if there is one, and return the model, on its device.
+
+    data_collator: None = items have equal shapes and are stacked.
+    """
     progress = TrainingProgress(history, description)
     logs = Path(arguments.output_dir) / "tensorboard"
     trainer = TransMambaTrainer(
@@ -46,6 +50,7 @@ def fit(
         tokenizer=tokenizer,
         callbacks=[progress, *callbacks, *tensorboard_callbacks(logs)],
         keep_checkpoints=keep_checkpoints,
+        data_collator=data_collator,
     )
     try:
         with without_progress_bars():

@@ -28,9 +28,26 @@ from transmamba.recipes.python_docs import (
     python_docs_transformer,
     python_docs_v9,
 )
+from transmamba.recipes.sentence_adaptation import (
+    SentenceAdaptationRun,
+    adapt_sentences,
+    embedding_only,
+    from_scratch_sentences,
+    new_student,
+    weight_reuse_sentences,
+)
 from transmamba.recipes.wiki import wiki_v9_36m_h200
 
-__all__ = ["ADAPTATIONS", "DISTILLATIONS", "RECIPES", "find_adaptation", "find_distillation", "find_recipe"]
+__all__ = [
+    "ADAPTATIONS",
+    "DISTILLATIONS",
+    "RECIPES",
+    "SENTENCE_ADAPTATIONS",
+    "find_adaptation",
+    "find_distillation",
+    "find_recipe",
+    "find_sentence_adaptation",
+]
 
 Run = TypeVar("Run")
 
@@ -65,6 +82,11 @@ ADAPTATIONS: dict[str, Callable[[], AdaptationRun]] = {
     )
 }
 
+SENTENCE_ADAPTATIONS: dict[str, Callable[[], SentenceAdaptationRun]] = {
+    recipe.__name__: recipe
+    for recipe in (adapt_sentences, new_student, embedding_only, weight_reuse_sentences, from_scratch_sentences)
+}
+
 
 def find_recipe(name: str) -> Callable[[], LanguageModelRun]:
     """The recipe of this name for `transmamba train`, or the function of `path/to/file.py:function`, whose file is run.
@@ -83,6 +105,11 @@ def find_distillation(name: str) -> Callable[[], DistillationRun]:
 def find_adaptation(name: str) -> Callable[[], AdaptationRun]:
     """The recipe of this name for `transmamba adapt`, or the function of a file; see find_recipe."""
     return _find(name, ADAPTATIONS, AdaptationRun)
+
+
+def find_sentence_adaptation(name: str) -> Callable[[], SentenceAdaptationRun]:
+    """The recipe of this name for `transmamba adapt --task sentence-embedding`, or the function of a file."""
+    return _find(name, SENTENCE_ADAPTATIONS, SentenceAdaptationRun)
 
 
 def _find(name: str, known: dict[str, Callable[[], Run]], kind: type[Run]) -> Callable[[], Run]:

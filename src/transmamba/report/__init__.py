@@ -14,6 +14,7 @@ from transmamba.report.figures import (
 )
 from transmamba.report.html import Mark, Page
 from transmamba.report.quickstart import CrossedSample, QuickstartReport
+from transmamba.report.sentences import SentenceReport
 from transmamba.report.student import (
     AgreementRow,
     Findings,
@@ -37,6 +38,7 @@ __all__ = [
     "Page",
     "QuickstartReport",
     "RecallRow",
+    "SentenceReport",
     "SpeedRow",
     "StudentMeasurements",
     "StudentReport",

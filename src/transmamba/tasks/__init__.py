@@ -7,6 +7,7 @@ from transmamba.tasks.agreement import (
     StudentScore,
     compare_language_models,
 )
+from transmamba.tasks.caption_retrieval import RetrievalScore, evaluate_caption_retrieval, read_captions
 from transmamba.tasks.choices import ChoiceFile, ChoiceRow, read_choices
 from transmamba.tasks.classification import ClassificationScore, ImageBatch, evaluate_classifier, linear_cka
 from transmamba.tasks.harness import HarnessResult, TaskScore, evaluate_tasks, harness_model
@@ -26,16 +27,19 @@ __all__ = [
     "PositionLoss",
     "RecallOutcome",
     "RecallScore",
+    "RetrievalScore",
     "StudentScore",
     "TaskScore",
     "Windows",
     "compare_language_models",
+    "evaluate_caption_retrieval",
     "evaluate_classifier",
     "evaluate_language_model",
     "evaluate_tasks",
     "harness_model",
     "linear_cka",
     "mean_recall",
+    "read_captions",
     "read_choices",
     "score_recall",
 ]

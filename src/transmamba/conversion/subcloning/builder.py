@@ -13,7 +13,7 @@ from .table import FreshPart, FreshValue, PositionChange, SubclonedPart, check_c
 from .teachers import RESIDUAL, SubcloningTeacher
 
 Shape = tuple[int, ...]
-NORM_BEFORE_MIXER = r"(blocks\.\d+\.norm1|layers\.\d+\.(norm|input_layernorm))\.weight$"
+NORM_BEFORE_MIXER = r"(blocks\.\d+\.norm1|layers\.\d+\.(norm|input_layernorm|mixer_norm))\.weight$"
 
 
 class TableBuilder:
@@ -66,7 +66,7 @@ class TableBuilder:
         indices: tuple[str | None, ...],
         *,
         into: Part | None = None,
-        transform: Literal["copy", "middle_frame"] = "copy",
+        transform: Literal["copy", "middle_frame", "mean"] = "copy",
         positions: PositionChange | None = None,
         is_linear: bool = False,
     ) -> None:

@@ -63,14 +63,15 @@ class SubclonedPart:
     source: str
     indices: tuple[str | None, ...]
     part: Part | None = None
-    transform: Literal["copy", "transpose", "middle_frame"] = "copy"
+    transform: Literal["copy", "transpose", "middle_frame", "mean"] = "copy"
     positions: PositionChange | None = None
     scale: float = 1.0
 
     @property
     def kind(self) -> str:
         """copied, or subcloned where it is a selection."""
-        return "copied" if self.part is None and not any(self.indices) and self.positions is None else "subcloned"
+        is_whole = self.part is None and not any(self.indices) and self.positions is None and self.transform != "mean"
+        return "copied" if is_whole else "subcloned"
 
     @property
     def origin(self) -> str:
@@ -87,6 +88,8 @@ class SubclonedPart:
             tensor = tensor.narrow(self.part.dim, self.part.start, self.part.stop - self.part.start)
         if self.transform == "transpose":
             tensor = tensor.T
+        if self.transform == "mean":
+            tensor = tensor.mean(dim=0, keepdim=True)
         if self.positions is not None:
             tensor = self.positions.apply(tensor)
         for dim, name in enumerate(self.indices):

@@ -4,6 +4,7 @@ Dimensions have names. "residual" is the residual stream, one for the whole netw
 neurons of the MLP, "value l" and "key l" what attention computes with. None is anything that is kept whole.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    BertConfig,
     DeiTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -74,7 +77,7 @@ class SubcloningTeacher:
 
 
 def open_teacher(teacher: str | Path | PreTrainedModel) -> SubcloningTeacher:
-    """A ViT or DeiT, or a causal language model that `convert` knows: a folder, a Hugging Face id, or in memory.
+    """A ViT, DeiT or BERT, or a causal language model that `convert` knows: a folder, a Hugging Face id, or in memory.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is of another family.
@@ -84,6 +87,7 @@ def open_teacher(teacher: str | Path | PreTrainedModel) -> SubcloningTeacher:
     folder = find_folder(teacher)
     family = read_json(folder / "config.json").get("model_type")
     loader: Any = AutoModelForImageClassification if family in VISION_READERS else AutoModelForCausalLM
+    loader = AutoModel if family in TEXT_READERS else loader
     _check_family(str(teacher), family)
     try:
         with without_progress_bars():
@@ -96,11 +100,11 @@ def open_teacher(teacher: str | Path | PreTrainedModel) -> SubcloningTeacher:
 def _read(name: str, model: PreTrainedModel) -> SubcloningTeacher:
     family = model.config.model_type
     _check_family(name, family)
-    return VISION_READERS.get(family, read_language_model)(name, model.eval())
+    return (VISION_READERS | TEXT_READERS).get(family, read_language_model)(name, model.eval())
 
 
 def _check_family(name: str, family: str | None) -> None:
-    known = [*VISION_READERS, *FAMILIES]
+    known = [*VISION_READERS, *TEXT_READERS, *FAMILIES]
     if family not in known:
         raise CheckpointError(f"{name} is of the family {family!r}, which is not subcloned; known: {', '.join(known)}.")
 
@@ -161,6 +165,31 @@ def read_language_model(name: str, model: PreTrainedModel) -> SubcloningTeacher:
     )
 
 
+def read_text_encoder(name: str, model: PreTrainedModel) -> SubcloningTeacher:
+    """A BERT, with or without head. Names are those of a BiMamba2Model that has its weights."""
+    config = model.config
+    assert isinstance(config, BertConfig)
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    tensors, unread = {}, {}
+    for source, value in model.state_dict().items():
+        own = source.removeprefix(prefix)
+        for theirs, ours in _BERT_NAMES:
+            own = re.sub(theirs, ours, own)
+        axes = _text_axes(own)
+        if axes is None:
+            unread[source] = "no student has a place for it"
+        else:
+            tensors[own] = TeacherTensor(source=source, axes=axes, value=value.detach())
+    return SubcloningTeacher(
+        name=name,
+        family=config.model_type,
+        model=model,
+        num_layers=config.num_hidden_layers,
+        tensors=tensors,
+        unread=unread,
+    )
+
+
 def image_grid(config: PreTrainedConfig) -> tuple[int, int]:
     """The patches of a ViT's image_size, (rows, columns)."""
     height, width = pair(config.image_size)
@@ -196,6 +225,29 @@ def _vision_axes(name: str) -> Axes | None:
         attention_output="attention.o_proj",
         inner=("mlp.fc1",),
         mlp_output="mlp.fc2",
+    )
+
+
+def _text_axes(name: str) -> Axes | None:
+    whole: dict[str, Axes] = {
+        "embeddings.word_embeddings.weight": (None, RESIDUAL),
+        "embeddings.position_embeddings.weight": ("position", RESIDUAL),
+        "embeddings.token_type_embeddings.weight": (None, RESIDUAL),
+        "embeddings.norm.weight": (RESIDUAL,),
+        "embeddings.norm.bias": (RESIDUAL,),
+    }
+    if not name.startswith("layers."):
+        return whole.get(name)
+    layer, place = name.removeprefix("layers.").split(".", 1)
+    return _block_axes(
+        place,
+        layer,
+        norms=("mixer_norm", "mlp_norm"),
+        key=("mixer.q_proj", "mixer.k_proj"),
+        value=("mixer.v_proj",),
+        attention_output="mixer.o_proj",
+        inner=("up_proj",),
+        mlp_output="down_proj",
     )
 
 
@@ -250,6 +302,17 @@ def _block_axes(
     return None
 
 
+_BERT_NAMES = (
+    (r"^embeddings\.LayerNorm", "embeddings.norm"),
+    (r"^encoder\.layer\.(\d+)\.", r"layers.\1."),
+    (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".mixer.\1_proj."),
+    (r"\.attention\.output\.dense\.", ".mixer.o_proj."),
+    (r"\.attention\.output\.LayerNorm\.", ".mixer_norm."),
+    (r"\.intermediate\.dense\.", ".up_proj."),
+    (r"\.output\.dense\.", ".down_proj."),
+    (r"\.output\.LayerNorm\.", ".mlp_norm."),
+)
+TEXT_READERS: dict[str, Callable[[str, PreTrainedModel], SubcloningTeacher]] = {"bert": read_text_encoder}
 VISION_READERS: dict[str, Callable[[str, PreTrainedModel], SubcloningTeacher]] = {
     "vit": read_vision_transformer,
     "deit": read_vision_transformer,

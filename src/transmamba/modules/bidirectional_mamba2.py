@@ -1,0 +1,133 @@
+"""A bidirectional Mamba-2 mixer for encoders: two scans of one input, in attention's letters.
+
+Notable: q, k and v are attention's projections read as C, B and x, so a Transformer's weights fit, with attention's
+scale of 1 / sqrt(p). The mean term is one more channel of the state, 1 in q and m in k, so that token j counts m_j +
+q_t k_j / sqrt(p) for token t: softmax's weights to first order. Both directions run as the two halves of the heads of
+one scan; the gate and the norm act on their sum. Rows end in padding if they are shorter than the batch: each row is
+turned around within its own tokens, so padding comes last in both directions and no token reads it. Parameters of the
+backward direction end in _b. Letters: b batch, l tokens, h heads, p head_dim, the state size without the mean term.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu, softplus
+
+from transmamba.modules.conv import CausalConv1d
+from transmamba.ops import ssd_scan
+
+DIRECTION_WEIGHTS = ("shared", "separate")
+BACKWARD = "_b"
+
+
+class BidirectionalMamba2Mixer(nn.Module):
+    """hidden (batch, seq_len, hidden_size) -> (the same, each direction's output in its scan order).
+
+    direction_weights: "shared" = q, k, v and the convolution serve both directions, which differ in step size, decay
+    and D; "separate" = each direction has all of its own. conv_kernel: 0 = none. mean_term: see above.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        conv_kernel: int,
+        conv_activation: bool,
+        mean_term: bool,
+        direction_weights: str,
+        use_gate: bool,
+        mixer_norm: bool,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.head_dim = head_dim
+        self.conv_activation = conv_activation
+        self.mean_term = mean_term
+        self.is_separate = direction_weights == "separate"
+        for ending in ("", BACKWARD) if self.is_separate else ("",):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.add_module(name + ending, nn.Linear(hidden_size, width))
+            conv = CausalConv1d(3 * width, 3 * width, conv_kernel, groups=3 * width) if conv_kernel else None
+            self.add_module("conv1d" + ending, conv)
+            if mean_term:
+                self.add_module("mean_proj" + ending, nn.Linear(hidden_size, num_heads))
+        for ending in ("", BACKWARD):
+            self.add_module("dt_proj" + ending, nn.Linear(hidden_size, num_heads, bias=False))
+            for name in ("dt_bias", "A_log", "D"):
+                self.register_parameter(name + ending, nn.Parameter(torch.empty(num_heads)))
+        self.z_proj = nn.Linear(hidden_size, width) if use_gate else None
+        self.norm = nn.RMSNorm(width, eps=norm_eps) if mixer_norm else None
+        self.o_proj = nn.Linear(width, hidden_size)
+
+    def forward(self, hidden: Tensor, turned: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """turned (batch, seq_len): for each row, where the scan from its last token backward is at every step; None =
+        no row has padding. Outputs of directions are (batch, seq_len, heads * head_dim).
+        """
+        forward, backward = self._inputs(hidden, turned)
+        q, k, v, dt = (torch.cat(pair, dim=2) for pair in zip(forward, backward, strict=True))
+        # fp32: in bf16 A would move by up to 0.8 % (A_log of 1 to 16).
+        A = -torch.exp(self._both("A_log").to(dt.dtype))
+        y = ssd_scan(q, k, v, dt, A, self._both("D"), validate=False)
+        y_f, y_b = (half.flatten(2) for half in y.chunk(2, dim=2))
+        return self.o_proj(self._finish(y_f + turn(y_b, turned), hidden)), (y_f, y_b)
+
+    def _inputs(self, hidden: Tensor, turned: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """q, k, v (b, l, h, p or p + 1) and dt (b, l, h) of both directions, each in its order."""
+        first = self._project(hidden, "")
+        own = BACKWARD if self.is_separate else ""
+        second = self._project(hidden, own) if own else first
+        forward = self._scanned(first, self._steps(hidden, ""), "", "")
+        backward = self._scanned(turn(second, turned), turn(self._steps(hidden, BACKWARD), turned), own, BACKWARD)
+        return forward, backward
+
+    def _both(self, name: str) -> Tensor:
+        """A parameter of the forward heads, then of the backward ones."""
+        return torch.cat([self.get_parameter(name), self.get_parameter(name + BACKWARD)])
+
+    def _steps(self, hidden: Tensor, ending: str) -> Tensor:
+        """dt before its bias and softplus, (b, l, h)."""
+        return self.get_submodule("dt_proj" + ending)(hidden)
+
+    def _project(self, hidden: Tensor, own: str) -> Tensor:
+        """q, k, v and m one after the other, (b, l, 3 h p + h)."""
+        names = ("q_proj", "k_proj", "v_proj", *(("mean_proj",) if self.mean_term else ()))
+        return torch.cat([self.get_submodule(name + own)(hidden) for name in names], dim=-1)
+
+    def _scanned(self, projected: Tensor, dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
+        """What a direction scans; projected and dt_raw in its order."""
+        heads = dt_raw.shape[-1]
+        width = 3 * heads * self.head_dim
+        qkv, m = projected[..., :width], projected[..., width:]
+        conv = getattr(self, "conv1d" + own)
+        if conv is not None:
+            qkv = conv(pad(qkv, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)).transpose(1, 2)
+        if self.conv_activation:
+            qkv = silu(qkv)
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x in qkv.chunk(3, dim=-1))
+        q = q * self.head_dim**-0.5
+        if self.mean_term:
+            m = m[..., None]
+            q, k = torch.cat([q, torch.ones_like(m)], dim=-1), torch.cat([k, m], dim=-1)
+        dtype = torch.promote_types(dt_raw.dtype, torch.float32)  # sums of dt A drift in 16 bits
+        return q, k, v, softplus(dt_raw.to(dtype) + self.get_parameter("dt_bias" + ending).to(dtype))
+
+    def _finish(self, y: Tensor, hidden: Tensor) -> Tensor:
+        if self.z_proj is not None:
+            y = y * silu(self.z_proj(hidden))
+        return y if self.norm is None else self.norm(y.to(self.norm.weight.dtype))
+
+
+def turn(x: Tensor, turned: Tensor | None) -> Tensor:
+    """The tokens of every row, (batch, seq_len, ...), from its last to its first; padding stays behind them."""
+    if turned is None:
+        return x.flip(1)
+    index = turned.view(*turned.shape, *(1,) * (x.dim() - 2))
+    return x.gather(1, index.expand(*turned.shape, *x.shape[2:]))
+
+
+def turned_rows(lengths: Tensor, seq_len: int) -> Tensor:
+    """For rows of these lengths, (batch,), the index that `turn` takes, (batch, seq_len): its own inverse."""
+    places = torch.arange(seq_len, device=lengths.device)
+    return torch.where(places < lengths[:, None], lengths[:, None] - 1 - places, places)
