@@ -11,6 +11,7 @@ Source: Chen et al. 2025 (arXiv 2502.15130), versions 1 and 2; what they leave o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -163,18 +164,7 @@ def feature_loss(
     settings: AdaptionLoss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the feature loss, and the cosine and weight of every layer, means over directions, without gradient."""
-    cosines = []
-    for number, layer in enumerate(layers):
-        tokens = teacher.tokens[target_layer(number, len(layers), len(teacher.tokens), target=settings.target)]
-        row = []
-        for direction in layer:
-            wanted, steps = teacher_in_order(
-                tokens, teacher.num_others, teacher.grid, direction, class_token=settings.class_token
-            )
-            found = projections(number, direction)
-            row.append(direction_cosine(found if len(steps) == found.shape[1] else found[:, steps], wanted))
-        cosines.append(torch.stack(row))
-    c = torch.stack(cosines)  # (layers, directions)
+    c = torch.stack([_cosines(column, teacher, projections, settings) for column in zip(*layers, strict=True)], dim=1)
     weights = torch.stack(
         [layer_weights(column, settings.layer_weights, temperature=settings.temperature) for column in c.unbind(1)],
         dim=1,
@@ -182,6 +172,26 @@ def feature_loss(
     per_direction = (weights * (1 - c)).mean(dim=0)
     loss = per_direction.sum() if settings.version == "v1" else per_direction.mean()
     return loss, c.detach().mean(dim=1), weights.mean(dim=1)
+
+
+def _cosines(
+    column: Sequence[DirectionOutput], teacher: TeacherSignals, projections: LatentProjections, settings: AdaptionLoss
+) -> Tensor:
+    """The cosines (layers,) of one direction; layers in a row that scan one grid are compared at once."""
+    numbered = enumerate(column)
+    targets = [
+        target_layer(number, len(column), len(teacher.tokens), target=settings.target) for number in range(len(column))
+    ]
+    found: list[Tensor] = []
+    for _, group in groupby(numbered, key=lambda one: (one[1].grid, one[1].name)):
+        members = list(group)
+        ours = torch.stack([projections(number, direction) for number, direction in members])
+        theirs = torch.stack([teacher.tokens[targets[number]] for number, _ in members])
+        wanted, steps = teacher_in_order(
+            theirs, teacher.num_others, teacher.grid, members[0][1], class_token=settings.class_token
+        )
+        found.append(direction_cosine(ours if len(steps) == ours.shape[2] else ours[:, :, steps], wanted))
+    return torch.cat(found)
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
