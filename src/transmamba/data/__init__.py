@@ -9,7 +9,7 @@ An item of the data set is what the model's `forward` takes: input_ids, labels a
 
 from transmamba.data.augmentation import Augmentation, as_floats, augment
 from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
-from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images
+from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images, share_of_images
 from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
 from transmamba.data.recall import RECALL_TASKS, RecallPrompt, recall_prompts, shortest_recall
 from transmamba.data.text import Documents, TextSource, load_documents
@@ -35,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "pack_documents",
     "recall_prompts",
+    "share_of_images",
     "shortest_recall",
     "token_byte_lengths",
 ]

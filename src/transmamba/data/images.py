@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transmamba.errors import CorpusError
 from transmamba.progress import progress_bar
 
-__all__ = ["ImageData", "ImageDataset", "ImageSource", "load_images"]
+__all__ = ["ImageData", "ImageDataset", "ImageSource", "load_images", "share_of_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,15 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """A whole batch at once, as torch's loaders ask for it: two kernels on a GPU, and not two an image."""
-        rows = torch.tensor(indices, device=self.labels.device)
+        rows = torch.tensor(indices)
+        if self.labels.device.type == "cuda":  # from pinned memory, so that the CPU does not wait for the queue
+            rows = rows.pin_memory().to(self.labels.device, non_blocking=True)
         return {"pixel_values": self.pixels[rows], "labels": self.labels[rows]}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels."""
+        return self.pixels.numel()
 
     def to(self, device: torch.device) -> "ImageDataset":
         """The same images on another device."""
@@ -96,6 +103,22 @@ class ImageData:
     validation: ImageDataset
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "ImageData":
+        """The same images on another device."""
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+
+
+def share_of_images(data: ImageDataset, share: float) -> ImageDataset:
+    """The same share of each class, at least one image; smaller shares are parts of larger ones."""
+    if share == 1:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    kept = []
+    for number in data.labels.unique().tolist():
+        of_class = order[data.labels[order] == number]
+        kept.append(of_class[: max(1, math.floor(share * len(of_class)))])
+    return data.rows(torch.cat(kept))
 
 
 def load_images(source: ImageSource) -> ImageData:
@@ -120,7 +143,7 @@ def load_images(source: ImageSource) -> ImageData:
         train, skipped = _read_folder(folder / "train", classes, source)
         validation, more = _read_folder(held_out, classes, source)
         return ImageData(
-            train=_share(train, len(classes), source.train_share),
+            train=share_of_images(train, source.train_share),
             validation=validation,
             classes=classes,
             skipped=(*skipped, *more),
@@ -141,23 +164,11 @@ def _split(whole: ImageDataset, classes: Sequence[str], source: ImageSource, ski
         held_out.append(of_class[:count])
         kept.append(of_class[count:])
     return ImageData(
-        train=_share(whole.rows(torch.cat(kept)), len(classes), source.train_share),
+        train=share_of_images(whole.rows(torch.cat(kept)), source.train_share),
         validation=whole.rows(torch.cat(held_out)),
         classes=tuple(classes),
         skipped=skipped,
     )
-
-
-def _share(data: ImageDataset, classes: int, share: float) -> ImageDataset:
-    """The same share of each class, at least one image; smaller shares are parts of larger ones."""
-    if share == 1:
-        return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-    kept = []
-    for number in range(classes):
-        of_class = order[data.labels[order] == number]
-        kept.append(of_class[: max(1, math.floor(share * len(of_class)))])
-    return data.rows(torch.cat(kept))
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

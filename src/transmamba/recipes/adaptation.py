@@ -4,6 +4,7 @@ Every recipe is the same run with another `method` or without subcloning, so tha
 batches, steps and student.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from transmamba.data import Augmentation, ImageSource
@@ -11,6 +12,7 @@ from transmamba.distillation import AdaptionLoss
 from transmamba.errors import RecipeError
 from transmamba.models import VISION_PRESETS
 from transmamba.recipes.training_run import TrainingRun, check_learning_rate
+from transmamba.training import layer_rates
 
 __all__ = [
     "METHODS",
@@ -75,11 +77,12 @@ class SubcloningSettings:
 class TeacherTraining:
     """How the teacher is fine-tuned on the images first. epochs: 0 = it is used as it is.
 
-    The sizes are those of a teacher that is new: a DeiT-tiny.
+    layer_decay: see `AdaptationRun`. The sizes are those of a teacher that is new: a DeiT-tiny.
     """
 
     epochs: int = 0
     learning_rate: float = 5e-4
+    layer_decay: float = 1.0
     hidden_size: int = 192
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
@@ -107,6 +110,8 @@ class AdaptationRun(TrainingRun):
         those of its name; patch_size None = the teacher's.
     method: a name of METHODS. loss: of "adaption". temperature: of the logits in the other methods.
     sharing, padding: of the projections; see `make_projections`.
+    layer_decay: of the learning rate from layer to layer, towards the input; see `layer_rates`. projection_rate: of the
+        projections and bridges, times the learning rate.
     epochs: over the training images. warmup_share: of the steps, in which the learning rate rises to its peak.
     average_decay: the student is the average of its weights over steps, with this weight of the past; None = the last.
     mean, std: of the normalisation of red, green and blue, which teacher and student share.
@@ -130,6 +135,8 @@ class AdaptationRun(TrainingRun):
     temperature: float = 2.0
     epochs: int = 100
     learning_rate: float = 5e-4
+    layer_decay: float = 1.0
+    projection_rate: float = 1.0
     warmup_share: float = 0.05
     average_decay: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -153,6 +160,10 @@ class AdaptationRun(TrainingRun):
                 raise RecipeError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.warmup_share < 1:
             raise RecipeError(f"warmup_share={self.warmup_share} must be at least 0 and below 1.")
+        for decay in (self.layer_decay, self.teacher_training.layer_decay):
+            layer_rates((), decay)  # refuses what is none
+        if not 0 < self.projection_rate < math.inf:
+            raise RecipeError(f"projection_rate={self.projection_rate} must be above 0; 1 is the others' rate.")
         if not self.temperature > 0:
             raise RecipeError(f"temperature={self.temperature} must be above 0.")
         if self.average_decay is not None and not 0 < self.average_decay < 1:

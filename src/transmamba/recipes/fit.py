@@ -1,6 +1,6 @@
 """Training one model with the Trainer: what runs of every kind share once data, loss and arguments are known."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ def fit(
     keep_checkpoints: int,
     loss_fn: LossFunction = causal_lm_loss,
     callbacks: Sequence[TrainerCallback] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> Model:
     """Train to the end, from a checkpoint if there is one, and return the model, on its device."""
     progress = TrainingProgress(history, description)
@@ -46,6 +47,7 @@ def fit(
         tokenizer=tokenizer,
         callbacks=[progress, *callbacks, *tensorboard_callbacks(logs)],
         keep_checkpoints=keep_checkpoints,
+        rates=rates,
     )
     try:
         with without_progress_bars():

@@ -71,6 +71,7 @@ class TransMambaTrainer(Trainer):
         means over micro-batches.
     evaluate_fn: (model, eval_dataset) -> numbers, logged with "eval_" in front.
     keep_checkpoints: how many complete checkpoints stay.
+    rates: of parameters by name, the share of the learning rate that each gets; 1 where there is none.
     """
 
     control: TrainerControl
@@ -88,6 +89,7 @@ class TransMambaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         keep_checkpoints: int = 2,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         if keep_checkpoints < 1:
             raise RecipeError(f"keep_checkpoints={keep_checkpoints} must be at least 1.")
@@ -108,6 +110,7 @@ class TransMambaTrainer(Trainer):
         self.loss_fn = loss_fn
         self.evaluate_fn = evaluate_fn
         self.keep_checkpoints = keep_checkpoints
+        self.rates = dict(rates or {})
         self._first_bad_step = torch.tensor(-1, device=args.device)
         self._metric_sums: dict[tuple[str, ...], Tensor] = {}  # by the names of what is in them
         self._metric_count = 0
@@ -160,6 +163,32 @@ class TransMambaTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's own, or with a group of parameters for each rate and each weight decay."""
+        if self.optimizer is not None or not self.rates:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((self.rates.get(name, 1.0), name in decayed), []).append(parameter)
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        # The first group's rate is the one that is logged.
+        in_order = sorted(groups.items(), key=lambda item: (item[0][0] != 1, -item[0][0]))
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (rate, decays), parameters in in_order
+            ],
+            **arguments,
+        )
+        return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight decay acts on."""
