@@ -30,10 +30,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from transmamba.data import ImageData, ImageDataset, load_images, share_of_images
+from transmamba.data import ImageData, ImageDataset, ImageSource, load_images, share_of_images
 from transmamba.errors import TransMambaError
 from transmamba.recipes import (
-    AdaptationRun,
     TeacherTraining,
     adapt_images,
     find_adaptation,
@@ -117,7 +116,7 @@ def job(name: str, recipe: str, student: str, seed: int, **changes: str) -> dict
 def read_images(options: argparse.Namespace) -> ImageData:
     """The images at the size asked for; decoded once and kept in the folder."""
     if options.archive == "digits":
-        return load_images(replace(AdaptationRun(name="digits").images, image_size=options.size, validation_share=0.5))
+        return load_images(ImageSource(image_size=options.size, validation_share=0.5))
     kept = Path(options.folder) / f"images-{options.size}.safetensors"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,10 @@ def adapt(
         str, typer.Option(help="A Mamba backbone, such as plain_mamba_tiny or vim_tiny.")
     ] = "plain_mamba_tiny",
     data: Annotated[
-        str, typer.Option(help="A folder of images, with a folder for each class, or builtin:digits.")
+        str,
+        typer.Option(
+            help="A folder of images, with a folder for each class; a Hugging Face data set; or builtin:digits."
+        ),
     ] = "builtin:digits",
     task: Annotated[str, typer.Option(help="What the student is for: image-classification.")] = "image-classification",
     recipe: Annotated[

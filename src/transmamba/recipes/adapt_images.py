@@ -13,7 +13,7 @@ A run's folder holds
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def adapt_images(
         CorpusError: the images cannot be read or are too few.
     """
     chosen = resolve_device(device)
+    run = _at_the_teachers_size(run)
     folder = Path(run.output)
     if is_main_process():
         check_folder(run, resume, FREE_TO_CHANGE)
@@ -194,6 +195,7 @@ def train_image_teacher(
     Returns the teacher and its score on the validation images. Arguments and errors are those of `adapt_images`.
     """
     chosen = resolve_device(device)
+    run = _at_the_teachers_size(run)
     folder = Path(run.output)
     if not run.teacher_training.epochs:
         raise RecipeError("teacher_training.epochs=0 trains no teacher; set it to 100 or so.")
@@ -219,6 +221,7 @@ def plan_adaptation(run: AdaptationRun) -> SubcloningPlan:
     """
     if not run.subcloning.use:
         raise RecipeError(f"{run.name} begins with a new student, so there is no table; set subcloning.use=true.")
+    run = _at_the_teachers_size(run)
     data = load_images(run.images)
     torch.manual_seed(run.seed)
     teacher = _open_teacher(run, data, None)
@@ -284,6 +287,15 @@ def _near(data: ImageData, device: torch.device) -> ImageData:
     return data.to(device) if 4 * (data.train.num_bytes + data.validation.num_bytes) <= free else data
 
 
+def _at_the_teachers_size(run: AdaptationRun) -> AdaptationRun:
+    """The run with images of the size that its teacher reads, where it does not say which."""
+    if run.images.image_size is not None or run.teacher in ("", NEW_TEACHER):
+        return run
+    size = read_json(find_folder(run.teacher) / "config.json").get("image_size")
+    side = size[0] if isinstance(size, list) and size else size
+    return replace(run, images=replace(run.images, image_size=side)) if isinstance(side, int) else run
+
+
 def _open_teacher(run: AdaptationRun, data: ImageData, resumed: Path | None) -> PreTrainedModel:
     """The teacher as it is, with a new head of the images' classes where it is fine-tuned, in fp32."""
     training, classes = run.teacher_training, len(data.classes)
@@ -299,7 +311,7 @@ def _open_teacher(run: AdaptationRun, data: ImageData, resumed: Path | None) -> 
         raise RecipeError(f"teacher={NEW_TEACHER!r} has to be trained; set teacher_training.epochs, or give a teacher.")
     return DeiTForImageClassification(
         DeiTConfig(
-            image_size=run.images.image_size,
+            image_size=run.images.side,
             patch_size=training.patch_size,
             hidden_size=training.hidden_size,
             intermediate_size=4 * training.hidden_size,
@@ -326,9 +338,9 @@ def _load_teacher(name: str, changes: dict[str, Any]) -> PreTrainedModel:
 
 def _check_teacher(run: AdaptationRun, teacher: PreTrainedModel, data: ImageData) -> None:
     size, classes = teacher.config.image_size, len(data.classes)
-    if size not in (run.images.image_size, [run.images.image_size] * 2):
+    if size not in (run.images.side, [run.images.side] * 2):
         raise RecipeError(
-            f"the teacher reads images of {size} pixels and images.image_size is {run.images.image_size}; set "
+            f"the teacher reads images of {size} pixels and images.image_size is {run.images.side}; set "
             f"images.image_size={size if isinstance(size, int) else size[0]}."
         )
     if teacher.config.num_labels != classes:
@@ -361,7 +373,7 @@ def _student_config(run: AdaptationRun, data: ImageData, patch_size: int) -> Any
     assert run.student in VISION_PRESETS
     return vision_config(
         run.student,
-        image_size=run.images.image_size,
+        image_size=run.images.side,
         num_labels=len(data.classes),
         drop_path_rate=run.drop_path_rate,
         **fields,

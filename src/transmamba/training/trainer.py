@@ -166,7 +166,7 @@ class TransMambaTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, or with a group of parameters for each rate and each weight decay."""
-        if self.optimizer is not None or not self.rates:
+        if not self.rates:
             return super().create_optimizer(model)
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
@@ -177,7 +177,7 @@ class TransMambaTrainer(Trainer):
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
         # The first group's rate is the one that is logged.
         in_order = sorted(groups.items(), key=lambda item: (item[0][0] != 1, -item[0][0]))
-        self.optimizer = optimizer_class(
+        self.optimizer: torch.optim.Optimizer = optimizer_class(
             [
                 {
                     "params": parameters,
