@@ -91,10 +91,10 @@ def test_what_is_no_data_set_of_images_is_one_line(
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(CorpusError, match="^a/b is no folder, and no Hugging Face data set of that name could be"):
+    with pytest.raises(CorpusError, match=r"^a/b is no folder, and no Hugging Face data set of that name could be"):
         load_images(ImageSource(source="a/b"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match="needs the package datasets: pip install datasets$"):
+    with pytest.raises(CorpusError, match=r"needs the package datasets: pip install datasets$"):
         load_images(ImageSource(source="cifar100"))
     with pytest.raises(CorpusError, match=r"not/a/name is no folder; give a folder of images"):
         load_images(ImageSource(source="not/a/name"))

@@ -49,7 +49,7 @@ def test_no_decay_and_no_layers() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, -1.0, 1.5, float("nan")])
 def test_a_decay_that_is_none_is_refused(decay: float) -> None:
-    with pytest.raises(RecipeError, match="layer_decay=.* must be above 0 and at most 1"):
+    with pytest.raises(RecipeError, match=r"layer_decay=.* must be above 0 and at most 1"):
         layer_rates(["w"], decay)
 
 
