@@ -28,8 +28,8 @@ def adapt(
     recipe: Annotated[
         str,
         typer.Option(
-            help="adapt, adapt_v1, distil_only, weight_reuse, from_scratch, soft_logits, public_release, bridging, "
-            "mixing, or path/to/file.py:function."
+            help="adapt, adapt_v2, adapt_v1, distil_only, weight_reuse, from_scratch, soft_logits, public_release, "
+            "bridging, mixing, or path/to/file.py:function."
         ),
     ] = "adapt",
     output: Annotated[

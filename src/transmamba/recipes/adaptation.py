@@ -21,6 +21,7 @@ __all__ = [
     "TeacherTraining",
     "adapt",
     "adapt_v1",
+    "adapt_v2",
     "bridging",
     "distil_only",
     "from_scratch",
@@ -177,10 +178,11 @@ class AdaptationRun(TrainingRun):
 
 
 def adapt() -> AdaptationRun:
-    """Ours: subcloning, then adaptive distillation of all directions:
+    """Ours: subcloning, then adaptive distillation of all directions, and of the logits:
     `transmamba adapt --teacher facebook/deit-tiny-patch16-224 --student plain_mamba_tiny --data my_images/`.
 
-    Optimizer and augmentation are those of the paper's public code, batches of 256 and no RandAugment.
+    The term of the logits is not the paper's, whose formula is `adapt_v2`. Optimizer and augmentation are those of the
+    paper's public code, batches of 256 and no RandAugment.
     """
     return AdaptationRun(
         name="adapt",
@@ -190,8 +192,14 @@ def adapt() -> AdaptationRun:
         max_gradient_norm=1.0,
         min_learning_rate_ratio=0.02,
         augmentation=Augmentation(crop_padding=4, flip=True, erase=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1),
+        loss=AdaptionLoss(logit_weight=0.5),
         log_every=10,
     )
+
+
+def adapt_v2() -> AdaptationRun:
+    """The paper's second version: its loss as it is printed, without the logits."""
+    return replace(adapt(), name="adapt_v2", output="", loss=AdaptionLoss())
 
 
 def adapt_v1() -> AdaptationRun:
