@@ -32,6 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from transmamba.data import ImageData, ImageDataset, ImageSource, load_images, share_of_images
 from transmamba.errors import TransMambaError
+from transmamba.inference import resolve_device
+from transmamba.ops import backends
 from transmamba.recipes import (
     TeacherTraining,
     adapt_images,
@@ -39,6 +41,7 @@ from transmamba.recipes import (
     train_image_teacher,
     with_fields,
 )
+from transmamba.recipes.adapt_images import _Batches, _load_teacher  # what a run reads its teacher with
 from transmamba.recipes.run_folder import provenance
 from transmamba.tasks import evaluate_classifier
 
@@ -60,11 +63,30 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "mixers drawn": {"subcloning.mixer_source": "none", "subcloning.gate_source": "none"},
     "evenly spaced": {"subcloning.ranking": "uniform"},
 }
+# What else the recipe could be; the first seed only.
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "alpha 2": ("adapt", {"loss.alpha": "2"}),
+    "alpha 0": ("adapt", {"loss.alpha": "0"}),
+    "logits 2": ("adapt", {"loss.logit_weight": "2"}),
+    "alpha 2, logits 2": ("adapt", {"loss.alpha": "2", "loss.logit_weight": "2"}),
+    "projections 10": ("adapt", {"projection_rate": "10"}),
+    "merged, alpha 2": ("adapt", {"loss.features": "merged", "loss.alpha": "2"}),
+    "a projection each": ("adapt", {"sharing": "none"}),
+    "layer decay 0.8": ("adapt", {"layer_decay": "0.8"}),
+    "rate 5e-4": ("adapt", {"learning_rate": "5e-4"}),
+    "rate 2e-3": ("adapt", {"learning_rate": "2e-3"}),
+    "scratch, rate 5e-4": ("from_scratch", {"learning_rate": "5e-4"}),
+    "scratch, rate 2e-3": ("from_scratch", {"learning_rate": "2e-3"}),
+    "not mixed": ("adapt", {"augmentation.mixup": "0", "augmentation.cutmix": "0"}),
+    "scratch, not mixed": ("from_scratch", {"augmentation.mixup": "0", "augmentation.cutmix": "0"}),
+}
 PLACES = ("teacher", "output", "images")  # where things lay on the machine that ran it
 
 
 def main() -> None:
     options = parse()
+    if options.unproven_kernels:
+        backends._UNPROVEN = ()
     if options.worker:
         data = read_images(options)
         for job in json.loads(sys.stdin.read()):
@@ -103,6 +125,9 @@ def table(seeds: int) -> Iterator[dict[str, Any]]:
         for student in STUDENTS:
             for recipe in OTHERS:
                 yield job(f"{recipe}, {student}", recipe, student, seed)
+        if not seed:
+            for name, (recipe, changes) in SETTINGS.items():
+                yield job(f"setting {name}, {STUDENTS[0]}", recipe, STUDENTS[0], seed, **changes)
         for name, changes in ABLATIONS.items():
             for student in STUDENTS:
                 yield job(f"adapt, {student}, {name}", "adapt", student, seed, **changes)
@@ -202,9 +227,8 @@ def make_teacher(data: ImageData, options: argparse.Namespace) -> dict[str, Any]
         shutil.rmtree(Path(run.output) / "teacher")
         seconds, steps = time.monotonic() - begun, run.steps_of(options.teacher_epochs, len(data.train))
     scored = replace(run, teacher=str(place), teacher_training=replace(run.teacher_training, epochs=0))
-    from transmamba.recipes.adapt_images import _Batches, _load_teacher  # what a run reads its teacher with
-
-    model = _load_teacher(str(place), {}).to(options.device if options.device != "auto" else "cpu")
+    device = resolve_device(options.device)
+    model = _load_teacher(str(place), {}).to(device)
     score = evaluate_classifier(model, _Batches(scored, data.validation, 256))
     return {
         "name": f"teacher, {options.size} px",
@@ -217,7 +241,8 @@ def make_teacher(data: ImageData, options: argparse.Namespace) -> dict[str, Any]
         "wall_seconds": round(seconds, 1),
         "recipe_fields": {name: value for name, value in run.to_json().items() if name not in PLACES},
         "date": datetime.now(UTC).date().isoformat(),
-        **provenance("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"),
+        "scan": backends.resolve_backend("selective_scan", None, torch.empty(1, device=device), size=16),
+        **provenance(device.type),
     }
 
 
@@ -319,6 +344,7 @@ def parse() -> argparse.Namespace:
         "--classes", type=int, help="only so many classes, with --per-class images of each to learn from"
     )
     parser.add_argument("--per-class", type=int, default=150)
+    parser.add_argument("--unproven-kernels", action="store_true", help="run kernels that no card has proven")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
