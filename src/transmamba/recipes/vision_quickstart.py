@@ -44,13 +44,13 @@ class VisionQuickstartSize:
     train_share: float
     image_size: int = 16
     patch_size: int = 4
-    hidden_size: int = 48
-    num_hidden_layers: int = 4
+    hidden_size: int = 32
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     student: str = "plain_mamba_tiny"
 
 
-FULL = VisionQuickstartSize(teacher_epochs=60, student_epochs=60, train_share=0.1)
+FULL = VisionQuickstartSize(teacher_epochs=60, student_epochs=40, train_share=0.1)
 # Every step of it, for tests: the numbers mean nothing.
 SMOKE = VisionQuickstartSize(teacher_epochs=2, student_epochs=2, train_share=0.05, hidden_size=16, num_hidden_layers=2)
 
@@ -150,8 +150,8 @@ def vision_student(
         hidden_size=size.hidden_size,
         num_hidden_layers=size.num_hidden_layers,
         epochs=size.student_epochs,
-        learning_rate=2e-3,
-        batch_size=30,
+        learning_rate=3e-3,
+        batch_size=20,
     )
 
 
