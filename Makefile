@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-with-$(notdir $(PYTHON))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-eval test-gpu lint types docs check format bench clean
+.PHONY: help venv quickstart quickstart-vision test test-slow test-eval test-gpu lint types docs check format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)  ## train a small Transformer, convert it, distil it, write runs/quickstart/report.html
 	@$(BIN)/transmamba quickstart
+
+quickstart-vision: $(STAMP)  ## train a small ViT on handwritten digits and make a Mamba out of it, runs/quickstart-vision/report.html
+	@$(BIN)/transmamba quickstart --vision
 
 test: $(STAMP)  ## every test that is quick, on two cores
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'

@@ -81,7 +81,7 @@ FLAGS = {
         "--top-p",
         "--trans-points",
     },
-    "quickstart": {"--device", "--output", "--seed", "--smoke"},
+    "quickstart": {"--device", "--output", "--seed", "--smoke", "--vision"},
     "record": {"TEACHER", "OUT", "--data", "--device", "--set", "--tokens"},
     "report": {"STUDENT", "--against", "--device", "--output", "--set", "--text"},
     "schedule": {"SCHEDULE", "--config", "--figure", "--layers", "--seq-len"},

@@ -87,6 +87,27 @@ def test_the_loss_is_the_formula() -> None:
     assert set(metrics) == {"task_loss", "feature_loss", *(f"{x}_{i}" for x in ("cosine", "weight") for i in range(3))}
 
 
+def test_the_logits_are_a_term_of_their_own() -> None:
+    batch = image_batch()
+    losses = []
+    for weight in (0.0, 0.3):
+        torch.manual_seed(0)
+        student, objective, _ = adaption("vim", logit_weight=weight, logit_temperature=3.0)
+        loss, metrics = objective(student, batch)
+        losses.append(loss.item())
+    theirs, ours = objective.teacher(batch["pixel_values"]).logits, student(batch["pixel_values"]).logits
+    p = torch.softmax(theirs / 3, dim=1)
+    soft = 9 * (p * (p.log() - torch.log_softmax(ours / 3, dim=1))).sum(1).mean().item()
+    assert metrics["soft_loss"].item() == pytest.approx(
+        soft, rel=1e-4
+    )  # differences of fp32 logarithms near each other
+    assert losses[1] - losses[0] == pytest.approx(0.3 * soft, abs=1e-6)
+    with pytest.raises(InputError, match=r"logit_weight=-1 must be at least 0"):
+        AdaptionLoss(logit_weight=-1)
+    with pytest.raises(InputError, match=r"logit_temperature=0 must be above 0; 2 is usual"):
+        AdaptionLoss(logit_temperature=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("features", ["directions", "merged"])
 def test_every_family_can_be_adapted(family: str, features: str) -> None:

@@ -9,6 +9,7 @@ from transmamba.modules.scan_orders import (
     DirectionOutput,
     scan_order,
     scan_order_names,
+    scan_orders,
 )
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 3), (3, 2), (4, 4), (5, 7)]
@@ -98,3 +99,28 @@ def test_directions_come_back_to_the_image_without_their_class_token() -> None:
     features = torch.cat([scanned[:, :2], torch.zeros(2, 1, 4), scanned[:, 2:]], dim=1)
     direction = DirectionOutput(name=order.name, features=features, patches=patches, grid=(2, 3))
     assert torch.equal(direction.in_raster_order(), x)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 4)], ids=str)
+def test_several_orders_at_once_are_each_order_and_merging_adds_them_up(grid: tuple[int, int]) -> None:
+    names = tuple(scan_order_names())
+    orders = scan_orders(names, grid)
+    x = torch.randn(2, 3, grid[0] * grid[1], dtype=torch.float64, requires_grad=True)
+    scanned = orders.scan(x)
+    assert scanned.shape == (2, 3, len(names), x.shape[-1])
+    for number, name in enumerate(names):
+        assert torch.equal(scanned[:, :, number], scan_order(name, grid).scan(x, 2))
+    y = torch.randn_like(scanned).requires_grad_()
+    one_by_one = [scan_order(name, grid).unscan(y[:, :, number], 2) for number, name in enumerate(names)]
+    # Sums of as many terms in another order: a rounding for each.
+    bound = len(names) * 2.0**-52 * y.abs().sum(2).max().item()
+    assert torch.allclose(orders.merge(y), torch.stack(one_by_one).sum(0), rtol=0, atol=bound)
+    assert torch.autograd.gradcheck(orders.scan, (x,))
+    assert torch.autograd.gradcheck(orders.merge, (y,))
+    assert torch.autograd.gradgradcheck(orders.scan, (x,))
+    assert scan_orders(names, grid) is orders
+
+
+def test_moves_of_several_orders_stand_one_after_the_other() -> None:
+    orders = scan_orders(PLAIN_MAMBA_ORDERS, (2, 3))
+    assert orders.moves().tolist() == [m for name in PLAIN_MAMBA_ORDERS for m in scan_order(name, (2, 3)).moves()]

@@ -1,5 +1,6 @@
 """Adaptations: every recipe is carried out, goes on where it was, and says in one line what does not fit."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from tests.recipes.adaptations import toy_adaptation, write_teacher
 from transmamba.data import Augmentation, ImageSource, load_images
+from transmamba.distillation import VisionTeacher
 from transmamba.errors import CheckpointError, CorpusError, InputError, RecipeError, TransMambaError
 from transmamba.recipes import (
     ADAPTATIONS,
@@ -31,6 +33,8 @@ def drawn_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not drawn, which takes longer than the runs; tests/report draws them."""
     monkeypatch.setattr(html, "_svg", lambda figure: b"<svg/>")
 
+
+adapt_module = importlib.import_module("transmamba.recipes.adapt_images")  # of which the function has the name
 
 FILES = {"1-student", "evaluation.json", "model", "report.html", "run.json"}
 
@@ -110,6 +114,59 @@ def test_accumulating_changes_nothing_but_rounding(tmp_path: Path) -> None:
     for one, other in zip(whole.history.training, parts.history.training, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-3)
+
+
+def test_bf16_computes_student_teacher_and_projections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_teacher(tmp_path)
+    seen: set[torch.dtype] = set()
+    whole = VisionTeacher.__call__
+
+    def watched(self: VisionTeacher, *arguments: Any, **named: Any) -> Any:
+        signals = whole(self, *arguments, **named)
+        seen.add(signals.logits.dtype)
+        return signals
+
+    monkeypatch.setattr(VisionTeacher, "__call__", watched)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        seen.clear()
+        run = toy_adaptation(tmp_path, dtype=dtype, augmentation=Augmentation(), output=str(tmp_path / dtype))
+        done = adapt_images(run, device="cpu")
+        # In the feature loss; the alignment at the end is measured in fp32.
+        assert seen == {torch.float32} | ({torch.bfloat16} if dtype == "bfloat16" else set())
+        assert all(parameter.dtype == torch.float32 for parameter in done.model.parameters())
+        losses[dtype] = [row.loss for row in done.history.training]
+    # A rounding of 2^-9 relative in each of some ten products on the way, and in four steps.
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=4 * 10**0.5 * 2**-9)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_projections_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    write_teacher(tmp_path)
+    seen = []
+
+    def remember(run: AdaptationRun) -> None:
+        groups: list[dict[str, Any]] = []
+        wanted = {"learning_rate": run.learning_rate}
+
+        class Watch(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+                groups.extend(optimizer.param_groups)
+
+        original = adapt_module.fit
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                adapt_module,
+                "fit",
+                lambda *a, callbacks=(), **k: original(*a, callbacks=[*callbacks, Watch()], **k),
+            )
+            adapt_images(run, device="cpu")
+        seen.append(sorted({group["initial_lr"] / wanted["learning_rate"] for group in groups}))
+
+    remember(toy_adaptation(tmp_path, epochs=1))
+    remember(toy_adaptation(tmp_path, epochs=1, projection_rate=8.0, layer_decay=0.5, output=str(tmp_path / "other")))
+    assert seen[0] == [1.0]
+    assert seen[1] == pytest.approx([0.125, 0.25, 0.5, 1.0, 8.0])
 
 
 def test_mixed_labels_count_as_one_an_image(tmp_path: Path) -> None:

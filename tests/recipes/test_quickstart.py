@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transmamba.errors import RecipeError
 from transmamba.models import TransMambaForCausalLM
 from transmamba.recipes import quickstart
+from transmamba.recipes.run_folder import claim_folder
 from transmamba.report import QuickstartReport, StudentMeasurements
 
 TOY = replace(
@@ -73,16 +74,16 @@ def test_every_step_is_written_and_measured(tmp_path: Path) -> None:
 
 def test_an_earlier_quickstart_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    quickstart._claim_folder(folder)
+    claim_folder(folder, quickstart.MARKER)
     (folder / "old").touch()
-    quickstart._claim_folder(folder)
+    claim_folder(folder, quickstart.MARKER)
     assert not (folder / "old").exists()
 
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").touch()
     with pytest.raises(RecipeError, match="not a quickstart"):
-        quickstart._claim_folder(other)
+        claim_folder(other, quickstart.MARKER)
     assert (other / "chapter.txt").exists()
 
 

@@ -28,8 +28,8 @@ def adapt(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A folder of images, with a folder for each class, or text as for transmamba train. Default: "
-            "builtin:digits, or builtin:python-docs."
+            help="A folder of images, with a folder for each class, or a Hugging Face data set; or text as for "
+            "transmamba train. Default: builtin:digits, or builtin:python-docs."
         ),
     ] = None,
     task: Annotated[
@@ -38,8 +38,8 @@ def adapt(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="adapt, adapt_v1, distil_only, weight_reuse, from_scratch, soft_logits, public_release, bridging, "
-            "mixing; of sentences adapt_sentences, new_student, embedding_only, weight_reuse_sentences, "
+            help="adapt, adapt_v2, adapt_v1, distil_only, weight_reuse, from_scratch, soft_logits, public_release, "
+            "bridging, mixing; of sentences adapt_sentences, new_student, embedding_only, weight_reuse_sentences, "
             "from_scratch_sentences; or path/to/file.py:function. Default: the first."
         ),
     ] = None,

@@ -9,7 +9,7 @@ An item of the data set is what the model's `forward` takes: input_ids, labels a
 
 from transmamba.data.augmentation import Augmentation, as_floats, augment
 from transmamba.data.builtin import BUILTIN_CORPORA, load_builtin
-from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images
+from transmamba.data.images import ImageData, ImageDataset, ImageSource, load_images, share_of_images
 from transmamba.data.packing import IGNORE_INDEX, PackedDataset, pack_documents
 from transmamba.data.recall import RECALL_TASKS, RecallPrompt, recall_prompts, shortest_recall
 from transmamba.data.sentences import SentenceDataset, make_sentences, pad_texts, split_sentences
@@ -39,6 +39,7 @@ __all__ = [
     "pack_documents",
     "pad_texts",
     "recall_prompts",
+    "share_of_images",
     "shortest_recall",
     "split_sentences",
     "token_byte_lengths",

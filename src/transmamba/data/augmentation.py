@@ -118,11 +118,13 @@ def _mix(x: Tensor, target: Tensor, how: Augmentation) -> tuple[Tensor, Tensor]:
     side = (1 - share) ** 0.5
     top, left = torch.rand(2).tolist()
     height, width = x.shape[-2:]
-    start = torch.tensor([top * (1 - side), left * (1 - side)], device=x.device)
-    length = torch.full((1,), side, device=x.device)
-    inside = _box(start[:1], length, height, 1) & _box(start[1:], length, width, 0)
+    start = torch.tensor([top * (1 - side), left * (1 - side)])
+    length = torch.full((1,), side)
+    inside = _box(start[:1], length, height, 1) & _box(start[1:], length, width, 0)  # on the CPU: its size is read
     kept = 1 - float(inside.float().mean())  # of whole pixels, which the labels follow
-    return torch.where(inside, x.flip(0), x), kept * target + (1 - kept) * target.flip(0)
+    return torch.where(inside.to(x.device, non_blocking=True), x.flip(0), x), kept * target + (1 - kept) * target.flip(
+        0
+    )
 
 
 def _rand_augment(x: Tensor, how: Augmentation) -> Tensor:

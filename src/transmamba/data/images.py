@@ -1,10 +1,10 @@
-"""Images with classes out of folders or of scikit-learn, decoded once to one size, as uint8 tensors in memory."""
+"""Images with classes, of folders, Hugging Face data sets or scikit-learn, decoded once, as uint8 tensors in memory."""
 
 import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from transmamba.data.hub_images import StoredImage, content_of, file_name, may_be_on_hub, open_hub_images
 from transmamba.errors import CorpusError
 from transmamba.progress import progress_bar
 
-__all__ = ["ImageData", "ImageDataset", "ImageSource", "load_images"]
+__all__ = ["ImageData", "ImageDataset", "ImageSource", "load_images", "share_of_images"]
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "builtin:digits"
+DEFAULT_SIZE = 32
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 ON_CORRUPT = ("refuse", "skip")
@@ -34,23 +36,30 @@ class ImageSource:
     """Where images come from, and which are kept for validation.
 
     source: "builtin:digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels), or a folder: a folder for each
-        class, or train/ and one of val/, valid/, validation/, test/ with a folder for each class.
-    image_size: pixels of a side. Images are scaled until the shorter side fits, then cut to the middle.
+        class, or train/ and one of val/, valid/, validation/, test/ with a folder for each class; or the name of a
+        Hugging Face data set, "cifar100", "owner/name" or "owner/name:configuration".
+    image_size: pixels of a side; None = DEFAULT_SIZE, or in an adaptation the teacher's. Images are scaled until the
+        shorter side fits, then cut to the middle.
     validation_share: of each class, where there is no folder for validation.
     train_share: of each class's training images, so much is used.
     on_corrupt: files that cannot be read are named and "refuse" ends there, "skip" goes on without them.
-    cache: a folder in which decoded images are kept; "" = nowhere.
+    cache: a folder in which decoded images of folders are kept; "" = nowhere.
     """
 
     source: str = DIGITS
-    image_size: int = 32
+    image_size: int | None = None
     validation_share: float = 0.2
     train_share: float = 1.0
     on_corrupt: str = "refuse"
     cache: str = ""
 
+    @property
+    def side(self) -> int:
+        """Pixels of a side."""
+        return DEFAULT_SIZE if self.image_size is None else self.image_size
+
     def __post_init__(self) -> None:
-        if self.image_size < 1:
+        if self.image_size is not None and self.image_size < 1:
             raise CorpusError(f"image_size={self.image_size} must be at least 1.")
         if not 0 < self.validation_share < 1:
             raise CorpusError(f"validation_share={self.validation_share} must be above 0 and below 1.")
@@ -74,6 +83,22 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
 
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """A whole batch at once, as torch's loaders ask for it: two kernels on a GPU, and not two an image."""
+        rows = torch.tensor(indices)
+        if self.labels.device.type == "cuda":  # from pinned memory, so that the CPU does not wait for the queue
+            rows = rows.pin_memory().to(self.labels.device, non_blocking=True)
+        return {"pixel_values": self.pixels[rows], "labels": self.labels[rows]}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels."""
+        return self.pixels.numel()
+
+    def to(self, device: torch.device) -> "ImageDataset":
+        """The same images on another device."""
+        return ImageDataset(self.pixels.to(device), self.labels.to(device))
+
     def rows(self, indices: Tensor) -> "ImageDataset":
         """The images of these indices."""
         return ImageDataset(self.pixels[indices], self.labels[indices])
@@ -88,6 +113,22 @@ class ImageData:
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
+    def to(self, device: torch.device) -> "ImageData":
+        """The same images on another device."""
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+
+
+def share_of_images(data: ImageDataset, share: float) -> ImageDataset:
+    """The same share of each class, at least one image; smaller shares are parts of larger ones."""
+    if share == 1:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    kept = []
+    for number in data.labels.unique().tolist():
+        of_class = order[data.labels[order] == number]
+        kept.append(of_class[: max(1, math.floor(share * len(of_class)))])
+    return data.rows(torch.cat(kept))
+
 
 def load_images(source: ImageSource) -> ImageData:
     """Read a source and split it: the same images on the same sides every time.
@@ -96,12 +137,17 @@ def load_images(source: ImageSource) -> ImageData:
         CorpusError: the source is missing, empty, or holds files that cannot be read.
     """
     if source.source == DIGITS:
-        pixels, labels, classes = _digits(source.image_size)
+        pixels, labels, classes = _digits(source.side)
         whole = ImageDataset(pixels, labels)
         return _split(whole, classes, source, ())
     folder = Path(source.source)
     if not folder.is_dir():
-        raise CorpusError(f"{folder} is no folder; give a folder of images, a folder for each class, or {DIGITS!r}.")
+        if may_be_on_hub(source.source) and not folder.exists():
+            return _from_hub(source)
+        raise CorpusError(
+            f"{folder} is no folder; give a folder of images, a folder for each class, the name of a Hugging Face data "
+            f"set, or {DIGITS!r}."
+        )
     held_out = next((folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out is not None:
         classes = _classes(folder / "train")
@@ -111,7 +157,7 @@ def load_images(source: ImageSource) -> ImageData:
         train, skipped = _read_folder(folder / "train", classes, source)
         validation, more = _read_folder(held_out, classes, source)
         return ImageData(
-            train=_share(train, len(classes), source.train_share),
+            train=share_of_images(train, source.train_share),
             validation=validation,
             classes=classes,
             skipped=(*skipped, *more),
@@ -119,6 +165,21 @@ def load_images(source: ImageSource) -> ImageData:
     classes = _classes(folder)
     whole, skipped = _read_folder(folder, classes, source)
     return _split(whole, classes, source, skipped)
+
+
+def _from_hub(source: ImageSource) -> ImageData:
+    name = source.source
+    train, held_out, image, label, classes = open_hub_images(name)
+    whole, skipped = _read_files(train[image], torch.tensor(train[label][:]), source, f"{name}, train")
+    if held_out is None:
+        return _split(whole, classes, source, skipped)
+    validation, more = _read_files(held_out[image], torch.tensor(held_out[label][:]), source, f"{name}, validation")
+    return ImageData(
+        train=share_of_images(whole, source.train_share),
+        validation=validation,
+        classes=classes,
+        skipped=(*skipped, *more),
+    )
 
 
 def _split(whole: ImageDataset, classes: Sequence[str], source: ImageSource, skipped: tuple[str, ...]) -> ImageData:
@@ -132,23 +193,11 @@ def _split(whole: ImageDataset, classes: Sequence[str], source: ImageSource, ski
         held_out.append(of_class[:count])
         kept.append(of_class[count:])
     return ImageData(
-        train=_share(whole.rows(torch.cat(kept)), len(classes), source.train_share),
+        train=share_of_images(whole.rows(torch.cat(kept)), source.train_share),
         validation=whole.rows(torch.cat(held_out)),
         classes=tuple(classes),
         skipped=skipped,
     )
-
-
-def _share(data: ImageDataset, classes: int, share: float) -> ImageDataset:
-    """The same share of each class, at least one image; smaller shares are parts of larger ones."""
-    if share == 1:
-        return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-    kept = []
-    for number in range(classes):
-        of_class = order[data.labels[order] == number]
-        kept.append(of_class[: max(1, math.floor(share * len(of_class)))])
-    return data.rows(torch.cat(kept))
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -170,15 +219,23 @@ def _read_folder(folder: Path, classes: Sequence[str], source: ImageSource) -> t
     ]
     if not files:
         raise CorpusError(f"{folder} holds no image; files end in {', '.join(SUFFIXES)}.")
-    cached = Path(source.cache) / f"{_fingerprint(files, source.image_size)}.safetensors" if source.cache else None
+    cached = Path(source.cache) / f"{_fingerprint(files, source.side)}.safetensors" if source.cache else None
+    labels = torch.tensor([number for _, number in files])
+    return _read_files([path for path, _ in files], labels, source, str(folder), cached)
+
+
+def _read_files(
+    files: Sequence[Path | StoredImage], labels: Tensor, source: ImageSource, folder: str, cached: Path | None = None
+) -> tuple[ImageDataset, tuple[str, ...]]:
     found = None if cached is None else _read_cache(cached)
     if found is None:
-        found = _decode([path for path, _ in files], source.image_size)
+        found = _decode(files, source.side)
         if cached is not None:
             _write_cache(cached, *found)
     pixels, readable = found
-    labels = torch.tensor([number for _, number in files])
-    bad = tuple(str(path) for (path, _), good in zip(files, readable.tolist(), strict=True) if not good)
+    bad = tuple(
+        file_name(file, row) for row, (file, good) in enumerate(zip(files, readable.tolist(), strict=True)) if not good
+    )
     if bad:
         listed = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
         if source.on_corrupt == "refuse":
@@ -192,14 +249,14 @@ def _read_folder(folder: Path, classes: Sequence[str], source: ImageSource) -> t
     return ImageDataset(pixels[readable], labels[readable]), bad
 
 
-def _decode(paths: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
+def _decode(files: Sequence[Path | StoredImage], size: int) -> tuple[Tensor, Tensor]:
     """(files, 3, size, size), uint8, zeros where a file cannot be read; and which can."""
-    pixels = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
-    readable = torch.ones(len(paths), dtype=torch.bool)
-    with progress_bar("Reading images", total=len(paths)) as advance:
-        for row, path in enumerate(paths):
+    pixels = torch.zeros(len(files), 3, size, size, dtype=torch.uint8)
+    readable = torch.ones(len(files), dtype=torch.bool)
+    with progress_bar("Reading images", total=len(files)) as advance:
+        for row, file in enumerate(files):
             try:
-                with Image.open(path) as image:
+                with Image.open(file if isinstance(file, Path) else content_of(file)) as image:
                     pixels[row] = _fitted(image.convert("RGB"), size)
             except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
                 readable[row] = False

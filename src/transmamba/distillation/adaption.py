@@ -6,16 +6,18 @@ With c_im as in `directions`, w_im as in `layer_weights`, N layers and M directi
     v1    the same with two directions, the first one and its reverse, whose terms are added: alpha is 1 - alpha of the
           paper's first version and beta its alpha
 
+and, where logit_weight is above 0, logit_weight times the KL of the teacher's logits, which is not the paper's.
+
 Source: Chen et al. 2025 (arXiv 2502.15130), versions 1 and 2; what they leave open is decided in docs/adaption.md.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from transmamba.distillation.directions import (
     CLASS_TOKENS,
@@ -23,6 +25,7 @@ from transmamba.distillation.directions import (
     target_layer,
     teacher_in_order,
 )
+from transmamba.distillation.image_losses import Metrics, share_of_step, soft_logit_loss, task_loss, teacher_logits
 from transmamba.distillation.layer_weights import LAYER_WEIGHTS, layer_weights
 from transmamba.distillation.projections import LatentProjections
 from transmamba.distillation.vision_teacher import TeacherSignals, VisionTeacher
@@ -31,7 +34,6 @@ from transmamba.models import VideoMambaConfig, VimConfig, VisionMambaClassifier
 from transmamba.modules import DirectionOutput
 from transmamba.modules.scan_orders import REVERSED
 
-Metrics = Mapping[str, Tensor | float]
 VERSIONS = ("v1", "v2")
 FEATURES = ("directions", "merged")
 TARGETS = ("mapped", "final")
@@ -42,7 +44,8 @@ class AdaptionLoss:
     """What is compared, and how it is weighed.
 
     version: "v2" = all directions, their mean; "v1" = the first direction and its reverse, their sum.
-    alpha, beta: of the feature loss and of the task's.
+    alpha, beta: of the feature loss and of the task's. logit_weight: of logit_temperature^2 KL(teacher || student) of
+        the logits, which the paper does without.
     features: "directions" = of each scan before the merge; "merged" = the residual stream after each layer.
     target: "mapped" or "final"; see target_layer. class_token: "move" or "leave"; see teacher_in_order.
     layer_weights, temperature: see layer_weights.
@@ -51,6 +54,8 @@ class AdaptionLoss:
     version: str = "v2"
     alpha: float = 0.5
     beta: float = 0.5
+    logit_weight: float = 0.0
+    logit_temperature: float = 2.0
     features: str = "directions"
     target: str = "mapped"
     class_token: str = "move"
@@ -67,11 +72,12 @@ class AdaptionLoss:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "logit_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)} must be at least 0.")
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} must be above 0; 0.1 tells cosines apart.")
+        for name, usual in (("temperature", "0.1 tells cosines apart"), ("logit_temperature", "2 is usual")):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)} must be above 0; {usual}.")
 
 
 class AdaptionObjective:
@@ -102,6 +108,10 @@ class AdaptionObjective:
         task = task_loss(out.logits, labels)
         total = self.settings.alpha * feature + self.settings.beta * task
         metrics: dict[str, Tensor | float] = {"task_loss": task.detach(), "feature_loss": feature.detach()}
+        if self.settings.logit_weight:
+            soft = soft_logit_loss(out.logits, teacher_logits(theirs, out.logits), self.settings.logit_temperature)
+            total = total + self.settings.logit_weight * soft
+            metrics["soft_loss"] = soft.detach()
         for layer, (cosine, weight) in enumerate(zip(cosines, weights, strict=True)):
             metrics |= {f"cosine_{layer}": cosine, f"weight_{layer}": weight}
         return total * share_of_step(batch), metrics
@@ -163,18 +173,7 @@ def feature_loss(
     settings: AdaptionLoss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the feature loss, and the cosine and weight of every layer, means over directions, without gradient."""
-    cosines = []
-    for number, layer in enumerate(layers):
-        tokens = teacher.tokens[target_layer(number, len(layers), len(teacher.tokens), target=settings.target)]
-        row = []
-        for direction in layer:
-            wanted, steps = teacher_in_order(
-                tokens, teacher.num_others, teacher.grid, direction, class_token=settings.class_token
-            )
-            found = projections(number, direction)
-            row.append(direction_cosine(found if len(steps) == found.shape[1] else found[:, steps], wanted))
-        cosines.append(torch.stack(row))
-    c = torch.stack(cosines)  # (layers, directions)
+    c = torch.stack([_cosines(column, teacher, projections, settings) for column in zip(*layers, strict=True)], dim=1)
     weights = torch.stack(
         [layer_weights(column, settings.layer_weights, temperature=settings.temperature) for column in c.unbind(1)],
         dim=1,
@@ -184,15 +183,24 @@ def feature_loss(
     return loss, c.detach().mean(dim=1), weights.mean(dim=1)
 
 
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with class numbers (batch,) or probabilities (batch, classes), the mean over the batch, fp32."""
-    return cross_entropy(logits.float(), labels)
-
-
-def share_of_step(batch: Mapping[str, Any]) -> Tensor | float:
-    """Which share of an optimizer step's images this batch holds, so that accumulating gives the mean of all."""
-    whole = batch.get("num_items_in_batch")
-    return 1.0 if whole is None else torch.sum(batch["labels"] != -100) / whole
+def _cosines(
+    column: Sequence[DirectionOutput], teacher: TeacherSignals, projections: LatentProjections, settings: AdaptionLoss
+) -> Tensor:
+    """The cosines (layers,) of one direction; layers in a row that scan one grid are compared at once."""
+    numbered = enumerate(column)
+    targets = [
+        target_layer(number, len(column), len(teacher.tokens), target=settings.target) for number in range(len(column))
+    ]
+    found: list[Tensor] = []
+    for _, group in groupby(numbered, key=lambda one: (one[1].grid, one[1].name)):
+        members = list(group)
+        ours = torch.stack([projections(number, direction) for number, direction in members])
+        theirs = torch.stack([teacher.tokens[targets[number]] for number, _ in members])
+        wanted, steps = teacher_in_order(
+            theirs, teacher.num_others, teacher.grid, members[0][1], class_token=settings.class_token
+        )
+        found.append(direction_cosine(ours if len(steps) == ours.shape[2] else ours[:, :, steps], wanted))
+    return torch.cat(found)
 
 
 def _merged(state: Tensor, first: DirectionOutput, in_scan_order: bool) -> DirectionOutput:

@@ -29,9 +29,9 @@ def teacher_in_order(
     *,
     class_token: str = "move",
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's tokens, (batch, steps, hidden_size), in the order of a scan, and the steps of the scan they are of.
+    """The teacher's tokens, (..., steps, hidden_size), in the order of a scan, and the steps of the scan they are of.
 
-    tokens (batch, num_others + patches, hidden_size), patches in raster order over grid. Where the student has a class
+    tokens (..., num_others + patches, hidden_size), patches in raster order over grid. Where the student has a class
     token, the teacher's is moved there ("move"), or that step is left out ("leave"). On another grid than the
     student's, the teacher's patches are resized, bilinearly.
 
@@ -45,17 +45,22 @@ def teacher_in_order(
             f"the student scans a video of {' x '.join(map(str, direction.grid))} patches and the teacher an image; "
             "give a student of images."
         )
-    patches = _on_grid(tokens[:, num_others:], grid, direction.grid)
-    is_patch = direction.patches != TOKEN_WITHOUT_PATCH
-    if bool(is_patch.all()) or class_token == "leave":
-        steps = is_patch.nonzero().squeeze(1)
-        return patches[:, direction.patches[steps]], steps
-    both = torch.cat([tokens[:, :1], patches], dim=1)
-    return both[:, direction.patches + 1], torch.arange(len(direction.patches), device=tokens.device)
+    patches = _on_grid(tokens[..., num_others:, :], grid, direction.grid)
+    count = direction.grid[0] * direction.grid[1]
+    if count == len(direction.patches):
+        return patches.index_select(-2, direction.patches), torch.arange(count, device=tokens.device)
+    if class_token == "leave":
+        # The steps of patches, in order; a sort has a known size, so that nothing waits for the device.
+        steps = torch.argsort((direction.patches == TOKEN_WITHOUT_PATCH).int(), stable=True)[:count]
+        return patches.index_select(-2, direction.patches[steps]), steps
+    both = torch.cat([tokens[..., :1, :], patches], dim=-2)
+    return both.index_select(-2, direction.patches + 1), torch.arange(len(direction.patches), device=tokens.device)
 
 
 def direction_cosine(student: Tensor, teacher: Tensor, inside: Tensor | None = None) -> Tensor:
-    """Return c: the mean over tokens and batch of the cosine of standardised features; both (batch, steps, width).
+    """Return c: the mean over tokens and batch of the cosine of standardised features; both (..., batch, steps, width).
+
+    The result has the leading dimensions, such as layers.
 
     inside (batch, steps), bool: the tokens that count; None = all.
 
@@ -66,7 +71,9 @@ def direction_cosine(student: Tensor, teacher: Tensor, inside: Tensor | None = N
     width = (student.shape[-1],)
     ours, theirs = (layer_norm(x.to(dtype), width) for x in (student, teacher))
     cosines = cosine_similarity(ours, theirs, dim=-1)
-    return cosines.mean() if inside is None else torch.where(inside, cosines, 0.0).sum() / inside.sum().clamp(min=1)
+    if inside is None:
+        return cosines.mean(dim=(-2, -1))
+    return torch.where(inside, cosines, 0.0).sum(dim=(-2, -1)) / inside.sum().clamp(min=1)
 
 
 def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target: str = "mapped") -> int:
@@ -88,6 +95,6 @@ def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target
 def _on_grid(patches: Tensor, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
     if tuple(grid) == tuple(wanted):
         return patches
-    image = patches.transpose(1, 2).unflatten(2, tuple(grid)).float()
+    image = patches.flatten(0, -3).transpose(1, 2).unflatten(2, tuple(grid)).float()
     resized = interpolate(image, size=tuple(wanted), mode="bilinear", align_corners=False, antialias=True)
-    return resized.flatten(2).transpose(1, 2).to(patches.dtype)
+    return resized.flatten(2).transpose(1, 2).unflatten(0, patches.shape[:-2]).to(patches.dtype)

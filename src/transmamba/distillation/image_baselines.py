@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, mse_loss, softmax
 from torch.utils.checkpoint import checkpoint
 
-from transmamba.distillation.adaption import Metrics, share_of_step, task_loss
 from transmamba.distillation.directions import target_layer
+from transmamba.distillation.image_losses import Metrics, share_of_step, soft_logit_loss, task_loss, teacher_logits
 from transmamba.distillation.scan_signals import ScanSignal, watched_scans
 from transmamba.distillation.vision_teacher import TeacherSignals, VisionTeacher
 from transmamba.errors import InputError
@@ -170,13 +170,6 @@ class MixingObjective:
         return loss * share_of_step(batch), metrics
 
 
-def soft_logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """temperature^2 KL(teacher || student), the mean over the batch, fp32; logits (batch, classes)."""
-    log_p = log_softmax(teacher.float() / temperature, dim=-1)
-    log_q = log_softmax(student.float() / temperature, dim=-1)
-    return temperature**2 * torch.sum(log_p.exp() * (log_p - log_q), dim=-1).mean()
-
-
 def channel_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = RELEASE_TEMPERATURE) -> Tensor:
     """H(softmax(teacher / temperature), softmax(student / temperature)) over channels, the mean over the batch."""
     target = softmax(teacher.float() / temperature, dim=-1)
@@ -240,20 +233,6 @@ def token_indices(patches: Tensor, teacher: TeacherSignals) -> Tensor:
             "choose patch sizes that agree, or another method."
         )
     return torch.where(patches == TOKEN_WITHOUT_PATCH, 0, patches + teacher.num_others)
-
-
-def teacher_logits(teacher: TeacherSignals, logits: Tensor) -> Tensor:
-    """The teacher's logits.
-
-    Raises:
-        InputError: it has none, or of other classes than the student.
-    """
-    if teacher.logits is None or teacher.logits.shape != logits.shape:
-        classes = "no head" if teacher.logits is None else f"{teacher.logits.shape[1]} classes"
-        raise InputError(
-            f"the teacher has {classes} and the student {logits.shape[1]}; fine-tune the teacher on the same classes."
-        )
-    return teacher.logits
 
 
 def make_bridges(student: VisionMambaClassifier, teacher: VisionTeacher, pixel_values: Tensor) -> Bridges:

@@ -7,7 +7,7 @@ back. Directions are what each scan gives before the merge, for whoever wants to
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,80 @@ class VisionMambaPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)  # its running statistics
 
 
+class VisionMambaBackbone(VisionMambaPreTrainedModel):
+    """A backbone's calls, around what each computes: `_run` before the final norm, and `pool`."""
+
+    num_features: int
+
+    def forward_features(self, pixel_values: Tensor) -> Tensor:
+        """The sequence after the final norm, (batch, seq_len, hidden_size); of VMamba, its last stage."""
+        return self._sequence(self._normed(self._run(pixel_values)[0]))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """What a head reads of forward_features, (batch, hidden_size)."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_directions: bool = False,
+        **kwargs: Any,
+    ) -> VisionMambaOutput:
+        """pixel_values: normalised images (batch, num_channels, height, width) of any size of at least one patch, or
+        of a model of videos (batch, frames, num_channels, height, width).
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        last, states, directions, _ = self._run(pixel_values, bool(wanted), output_directions)
+        hidden = self._sequence(self._normed(last))
+        check_output(type(self).__name__, hidden)
+        return VisionMambaOutput(
+            last_hidden_state=hidden,
+            pooler_output=self.pool(hidden),
+            hidden_states=tuple(map(self._sequence, states)) if wanted else None,
+            directions=directions if output_directions else None,
+        )
+
+    def _run(
+        self, pixel_values: Tensor | None, keep_states: bool = False, keep_directions: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Directions, tuple[int, ...]]:
+        """(the last state, the first and that after each layer if kept, all directions if kept, the last grid)."""
+        raise NotImplementedError
+
+    def _normed(self, state: Tensor) -> Tensor:
+        norm = cast(nn.LayerNorm, self.norm)
+        return norm(state.to(norm.weight.dtype))
+
+    def _sequence(self, state: Tensor) -> Tensor:
+        """(batch, seq_len, width), where states are (batch, height, width, channels) inside."""
+        return state if state.dim() == 3 else state.flatten(1, 2)
+
+
+class SequenceBackbone(VisionMambaBackbone):
+    """A backbone of one scale: all its layers hold the same tokens, of the patches `_patches`."""
+
+    def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """(batch, hidden_size, [frames,] height, width) after each of these layers; the last one normalised.
+
+        layers: from 0, negative from the end; None: the ends of the four quarters of the network.
+        """
+        count = self.config.num_hidden_layers
+        chosen = chosen_layers(layers, count)
+        _, states, _, grid = self._run(pixel_values, keep_states=True)
+        patches = self._patches(grid, pixel_values.device)
+        wanted = [self._normed(states[i + 1]) if i == count - 1 else states[i + 1] for i in chosen]
+        return tuple(as_map(split_tokens(state, patches)[1], grid) for state in wanted)
+
+    def _patches(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
+        """The raster index of every token, TOKEN_WITHOUT_PATCH for others."""
+        raise NotImplementedError
+
+
 class VisionMambaClassifier(VisionMambaPreTrainedModel):
     """A backbone and a linear head. Subclasses name the backbone."""
 
-    backbone_class: ClassVar[type[VisionMambaPreTrainedModel]]
+    backbone_class: ClassVar[type[VisionMambaBackbone]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -97,7 +167,7 @@ class VisionMambaClassifier(VisionMambaPreTrainedModel):
 
     def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The backbone's feature_maps."""
-        return self.backbone.feature_maps(pixel_values, layers)
+        return cast(Any, self.backbone).feature_maps(pixel_values, layers)
 
     @can_return_tuple
     def forward(

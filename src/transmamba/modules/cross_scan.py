@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from transmamba.modules.scan_orders import CROSS_SCAN_ORDERS, DirectionOutput, scan_order
+from transmamba.modules.scan_orders import CROSS_SCAN_ORDERS, DirectionOutput, scan_orders
 from transmamba.ops import selective_scan
 
 
@@ -55,8 +55,8 @@ class CrossScanMixer(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = silu(self.conv2d(x.permute(0, 3, 1, 2)))
         grid = (x.shape[2], x.shape[3])
-        orders = [scan_order(name, grid, x.device) for name in CROSS_SCAN_ORDERS]
-        u = torch.stack([order.scan(x.flatten(2), 2) for order in orders], dim=1)
+        orders = scan_orders(CROSS_SCAN_ORDERS, grid, x.device)
+        u = orders.scan(x.flatten(2)).transpose(1, 2)
         dt, B, C = (self.x_proj_weight @ u).split(self.split_sizes, dim=2)
         y = selective_scan(
             u.flatten(1, 2),
@@ -68,13 +68,11 @@ class CrossScanMixer(nn.Module):
             delta_bias=self.dt_projs_bias.flatten(),
             delta_softplus=True,
             validate=False,
-        ).unflatten(1, (len(orders), -1))
-        ys = y.unbind(1)
-        merged = sum(order.unscan(direction, 2) for order, direction in zip(orders, ys, strict=True))
-        assert isinstance(merged, Tensor)
+        ).unflatten(1, (len(CROSS_SCAN_ORDERS), -1))
+        merged = orders.merge(y.transpose(1, 2))
         out = self.out_norm(merged.transpose(1, 2).unflatten(1, grid))
         directions = tuple(
             DirectionOutput(name=order.name, features=direction.transpose(1, 2), patches=order.order, grid=grid)
-            for order, direction in zip(orders, ys, strict=True)
+            for order, direction in zip(orders.orders, y.unbind(1), strict=True)
         )
         return self.out_proj(out if z is None else out * silu(z)), directions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from transmamba.modules.scan_orders import DirectionOutput, scan_order
+from transmamba.modules.scan_orders import DirectionOutput, scan_orders
 from transmamba.ops import selective_scan
 
 NUM_MOVES = 5  # the start, and four directions
@@ -54,23 +54,23 @@ class PlainMambaMixer(nn.Module):
         x = silu(self.conv2d(image)).flatten(2)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split(self.split_sizes, dim=-1)
         delta, B, C = (y.transpose(1, 2) for y in (self.dt_proj(dt), B, C))
-        orders = [scan_order(name, grid, x.device) for name in self.scan_orders]
-        moves = [self.direction_Bs[order.moves()].T.to(B.dtype) for order in orders]
-        ys = selective_scan(  # one row per direction and image
-            torch.cat([order.scan(x, 2) for order in orders]),
-            delta.repeat(len(orders), 1, 1),
+        orders = scan_orders(self.scan_orders, grid, x.device)
+        count = len(orders.orders)
+        moves = self.direction_Bs[orders.moves()].unflatten(0, (count, 1, -1)).transpose(2, 3).to(B.dtype)
+        y = selective_scan(  # one row per direction and image
+            orders.scan(x).permute(2, 0, 1, 3).flatten(0, 1),
+            delta.repeat(count, 1, 1),
             -torch.exp(self.A_log.float()),  # bf16 would move A by up to 0.8 %
-            torch.cat([B + move for move in moves]),
-            C.repeat(len(orders), 1, 1),
+            (B + moves).flatten(0, 1),
+            C.repeat(count, 1, 1),
             self.D,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             validate=False,
-        ).chunk(len(orders))
-        merged = sum(order.unscan(y, 2) for order, y in zip(orders, ys, strict=True))
+        ).unflatten(0, (count, -1))
+        merged = orders.merge(y.permute(1, 2, 0, 3))
         directions = tuple(
-            DirectionOutput(name=order.name, features=y.transpose(1, 2), patches=order.order, grid=grid)
-            for order, y in zip(orders, ys, strict=True)
+            DirectionOutput(name=order.name, features=one.transpose(1, 2), patches=order.order, grid=grid)
+            for order, one in zip(orders.orders, y.unbind(), strict=True)
         )
-        assert isinstance(merged, Tensor)
         return self.out_proj(merged.transpose(1, 2) * silu(z)), directions

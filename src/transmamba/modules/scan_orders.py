@@ -7,6 +7,7 @@ order[t] is the raster index of the patch that the scan visits at step t, and in
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,56 @@ class ScanOrder:
 
 
 @dataclass(frozen=True, eq=False)
+class ScanOrders:
+    """Several orders of one grid, taken at once: a gather each way, and gathers too in the backward pass.
+
+    every, back (orders * patches,): where all scans, one after the other, find their patches, and the other way.
+    """
+
+    orders: tuple[ScanOrder, ...]
+    every: Tensor
+    back: Tensor
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Patches in raster order (..., patches) to all scan orders, (..., orders, patches)."""
+        return _Scan.apply(x, self.every, self.back, len(self.orders))
+
+    def merge(self, x: Tensor) -> Tensor:
+        """All scan orders (..., orders, patches) back to raster order and added up, (..., patches)."""
+        return _Merge.apply(x, self.every, self.back, len(self.orders))
+
+    def moves(self) -> Tensor:
+        """The moves of every order, (orders * patches,); see ScanOrder."""
+        return _every_move(self.orders)
+
+
+class _Scan(torch.autograd.Function):
+    """PyTorch's own gradient of a gather adds into zeros, which is slow on GPUs; each of these two is the other's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(every, back)
+        ctx.count = count
+        return x.index_select(-1, every).unflatten(-1, (count, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Merge.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(every, back)
+        ctx.count = count
+        return x.flatten(-2).index_select(-1, back).unflatten(-1, (count, -1)).sum(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Scan.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
+
+
+@dataclass(frozen=True, eq=False)
 class DirectionOutput:
     """What one direction of a layer gives before the directions are merged and projected.
 
@@ -84,6 +135,15 @@ def scan_order(name: str, grid: Sequence[int], device: torch.device | str = "cpu
     return _scan_order(name, tuple(int(size) for size in grid), torch.device(device))
 
 
+def scan_orders(names: Sequence[str], grid: Sequence[int], device: torch.device | str = "cpu") -> ScanOrders:
+    """The scan orders of these names over one grid; the same object for the same arguments.
+
+    Raises:
+        InputError: as scan_order does.
+    """
+    return _scan_orders(tuple(names), tuple(int(size) for size in grid), torch.device(device))
+
+
 def scan_order_names(dimensions: int = 2) -> list[str]:
     """The names of the orders of an image (2) or a video (3)."""
     found = [name for name, (_, fits) in _ORDERS.items() if dimensions in fits]
@@ -102,6 +162,22 @@ def _scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> ScanO
     if name.endswith(REVERSED):
         order = order.flip(0)
     return ScanOrder(name=name, grid=grid, order=order.to(device), inverse=torch.argsort(order).to(device))
+
+
+@lru_cache(maxsize=256)
+def _scan_orders(names: tuple[str, ...], grid: tuple[int, ...], device: torch.device) -> ScanOrders:
+    orders = tuple(_scan_order(name, grid, device) for name in names)
+    patches = _product(grid)
+    return ScanOrders(
+        orders=orders,
+        every=torch.cat([order.order for order in orders]),
+        back=torch.cat([number * patches + order.inverse for number, order in enumerate(orders)]),
+    )
+
+
+@lru_cache(maxsize=256)
+def _every_move(orders: tuple[ScanOrder, ...]) -> Tensor:
+    return torch.cat([order.moves() for order in orders])
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 A recipe of your own is a function in any file: `transmamba train my_recipes.py:my_run`.
 """
 
-from transmamba.recipes.adapt_images import AdaptedModel, adapt_images, plan_adaptation
+from transmamba.recipes.adapt_images import AdaptedModel, adapt_images, plan_adaptation, train_image_teacher
 from transmamba.recipes.adapt_sentences import AdaptedEncoder, adapt_sentence_encoder, plan_sentence_adaptation
 from transmamba.recipes.adaptation import METHODS, AdaptationRun, SubcloningSettings, TeacherTraining
 from transmamba.recipes.carry_out import TrainedModel, train_language_model, validation_source
@@ -66,6 +66,7 @@ __all__ = [
     "plan_sentence_adaptation",
     "record_teacher",
     "report_student",
+    "train_image_teacher",
     "train_language_model",
     "validation_source",
     "with_fields",

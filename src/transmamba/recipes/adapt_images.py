@@ -13,7 +13,8 @@ A run's folder holds
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from transmamba.distillation import (
     make_bridges,
     make_projections,
 )
+from transmamba.distillation.projections import ATTRIBUTE
 from transmamba.errors import CheckpointError, RecipeError
 from transmamba.inference import resolve_device
 from transmamba.models import VISION_PRESETS, VisionMambaClassifier, vision_config, vision_model_of
@@ -60,11 +62,18 @@ from transmamba.recipes.run_folder import (
 from transmamba.recipes.training_run import is_main_process
 from transmamba.report import AdaptionReport
 from transmamba.tasks import ClassificationScore, ImageBatch, evaluate_classifier, linear_cka
-from transmamba.training import KeepAverage, LossFunction, TrainingHistory, WeightAverage, last_complete_checkpoint
+from transmamba.training import (
+    KeepAverage,
+    LossFunction,
+    TrainingHistory,
+    WeightAverage,
+    last_complete_checkpoint,
+    layer_rates,
+)
 from transmamba.training.checkpoints import write_atomically
 from transmamba.weights import find_folder, in_one_line, read_json
 
-__all__ = ["AdaptedModel", "adapt_images", "plan_adaptation"]
+__all__ = ["AdaptedModel", "adapt_images", "plan_adaptation", "train_image_teacher"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +102,19 @@ class AdaptedModel:
         return self.folder / REPORT_FILE
 
 
-def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "auto") -> AdaptedModel:
+def adapt_images(
+    run: AdaptationRun,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    data: ImageData | None = None,
+    report: bool = True,
+) -> AdaptedModel:
     """Carry out an adaptation in its output folder, or go on with the one that is in it.
 
     resume: the folder must hold this run; without it, it must be empty or absent. Resuming on the CPU gives the same
-    losses and weights, bit for bit, as a run that was never interrupted.
+    losses and weights, bit for bit, as a run that was never interrupted. data: what `load_images` gives for the run's
+    images, where it is at hand. report: write report.html.
 
     Raises:
         RecipeError: the run contradicts itself, the images or the folder, or the loss is not finite.
@@ -106,10 +123,11 @@ def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "aut
         CorpusError: the images cannot be read or are too few.
     """
     chosen = resolve_device(device)
+    run = _at_the_teachers_size(run)
     folder = Path(run.output)
     if is_main_process():
         check_folder(run, resume, FREE_TO_CHANGE)
-    data = load_images(run.images)
+    data = data or load_images(run.images)
     if len(data.train) < run.batch_size:
         raise RecipeError(
             f"batch_size={run.batch_size} images are more than the {len(data.train)} that {run.images.source} gives "
@@ -131,7 +149,8 @@ def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "aut
     frozen = VisionTeacher(teacher)
     student.to(chosen)
     objective, parts = _objective(run, student, frozen, data)
-    images = _Images(run, objective, len(data.classes))
+    images = _Images(run, objective, len(data.classes), chosen)
+    data = _near(data, chosen)
     average = None if run.average_decay is None else WeightAverage(student, run.average_decay)
     with attached(student, parts if average is None else nn.ModuleDict({"parts": parts, "average": average})):
         history = _train(
@@ -143,6 +162,7 @@ def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "aut
             images,
             run.epochs,
             run.learning_rate,
+            run.layer_decay,
             resume=resume,
             callbacks=[] if average is None else [KeepAverage(student, average)],
         )
@@ -163,8 +183,34 @@ def adapt_images(run: AdaptationRun, *, resume: bool = False, device: str = "aut
         student.config.id2label = dict(enumerate(data.classes))
         student.config.label2id = {name: number for number, name in enumerate(data.classes)}
         save_model(student, None, folder / MODEL_FOLDER)
-        _write_results(done, data, _alignment(run, student, frozen, data.validation))
+        _write_results(done, data, _alignment(run, student, frozen, data.validation), report)
     return done
+
+
+def train_image_teacher(
+    run: AdaptationRun, *, resume: bool = False, device: str = "auto", data: ImageData | None = None
+) -> tuple[PreTrainedModel, ClassificationScore]:
+    """Only the first part of an adaptation: train or fine-tune its teacher, in `teacher/` of its output folder.
+
+    Returns the teacher and its score on the validation images. Arguments and errors are those of `adapt_images`.
+    """
+    chosen = resolve_device(device)
+    run = _at_the_teachers_size(run)
+    folder = Path(run.output)
+    if not run.teacher_training.epochs:
+        raise RecipeError("teacher_training.epochs=0 trains no teacher; set it to 100 or so.")
+    if is_main_process():
+        check_folder(run, resume, FREE_TO_CHANGE)
+    data = data or load_images(run.images)
+    torch.manual_seed(run.seed)
+    teacher = _open_teacher(run, data, folder if resume else None)
+    _check_teacher(run, teacher, data)
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"recipe": run.to_json(), "classes": list(data.classes), **provenance(chosen.type)}
+        write_atomically(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    teacher = _train_teacher(run, teacher, data, folder, chosen, resume=resume).to(chosen).eval()
+    return teacher, evaluate_classifier(teacher, _Batches(run, data.validation, run.micro_batch))
 
 
 def plan_adaptation(run: AdaptationRun) -> SubcloningPlan:
@@ -175,6 +221,7 @@ def plan_adaptation(run: AdaptationRun) -> SubcloningPlan:
     """
     if not run.subcloning.use:
         raise RecipeError(f"{run.name} begins with a new student, so there is no table; set subcloning.use=true.")
+    run = _at_the_teachers_size(run)
     data = load_images(run.images)
     torch.manual_seed(run.seed)
     teacher = _open_teacher(run, data, None)
@@ -186,10 +233,11 @@ def plan_adaptation(run: AdaptationRun) -> SubcloningPlan:
 class _Images:
     """A loss function of the Trainer: augments and normalises a batch of uint8 images and hands it to an objective."""
 
-    def __init__(self, run: AdaptationRun, objective: LossFunction, classes: int) -> None:
+    def __init__(self, run: AdaptationRun, objective: LossFunction, classes: int, device: torch.device) -> None:
         self.run = run
         self.objective = objective
         self.classes = classes
+        self.bf16 = run.uses_bf16(device.type)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         x, labels = augment(batch["pixel_values"], batch["labels"], self.classes, self.run.augmentation)
@@ -201,7 +249,9 @@ class _Images:
             "labels": labels,
             "num_items_in_batch": None if whole is None else whole * scale,
         }
-        return self.objective(model, prepared)
+        # The Trainer computes the student in bf16; here its teacher, the projections and the loss do so as well.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.objective(model, prepared)
 
 
 class _Batches:
@@ -220,8 +270,30 @@ class _Batches:
 
 
 def _normalised(run: AdaptationRun, x: Tensor) -> Tensor:
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (run.mean, run.std))
-    return (x - mean) / std
+    return (x - _channels(run.mean, x.device)) / _channels(run.std, x.device)
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(channels, 1, 1); kept, since sending numbers to a GPU waits for what is queued there."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def _near(data: ImageData, device: torch.device) -> ImageData:
+    """The images on the GPU, where they take at most a quarter of its free memory; else as they are."""
+    if device.type != "cuda":
+        return data
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.to(device) if 4 * (data.train.num_bytes + data.validation.num_bytes) <= free else data
+
+
+def _at_the_teachers_size(run: AdaptationRun) -> AdaptationRun:
+    """The run with images of the size that its teacher reads, where it does not say which."""
+    if run.images.image_size is not None or run.teacher in ("", NEW_TEACHER):
+        return run
+    size = read_json(find_folder(run.teacher) / "config.json").get("image_size")
+    side = size[0] if isinstance(size, list) and size else size
+    return replace(run, images=replace(run.images, image_size=side)) if isinstance(side, int) else run
 
 
 def _open_teacher(run: AdaptationRun, data: ImageData, resumed: Path | None) -> PreTrainedModel:
@@ -239,7 +311,7 @@ def _open_teacher(run: AdaptationRun, data: ImageData, resumed: Path | None) -> 
         raise RecipeError(f"teacher={NEW_TEACHER!r} has to be trained; set teacher_training.epochs, or give a teacher.")
     return DeiTForImageClassification(
         DeiTConfig(
-            image_size=run.images.image_size,
+            image_size=run.images.side,
             patch_size=training.patch_size,
             hidden_size=training.hidden_size,
             intermediate_size=4 * training.hidden_size,
@@ -266,9 +338,9 @@ def _load_teacher(name: str, changes: dict[str, Any]) -> PreTrainedModel:
 
 def _check_teacher(run: AdaptationRun, teacher: PreTrainedModel, data: ImageData) -> None:
     size, classes = teacher.config.image_size, len(data.classes)
-    if size not in (run.images.image_size, [run.images.image_size] * 2):
+    if size not in (run.images.side, [run.images.side] * 2):
         raise RecipeError(
-            f"the teacher reads images of {size} pixels and images.image_size is {run.images.image_size}; set "
+            f"the teacher reads images of {size} pixels and images.image_size is {run.images.side}; set "
             f"images.image_size={size if isinstance(size, int) else size[0]}."
         )
     if teacher.config.num_labels != classes:
@@ -301,7 +373,7 @@ def _student_config(run: AdaptationRun, data: ImageData, patch_size: int) -> Any
     assert run.student in VISION_PRESETS
     return vision_config(
         run.student,
-        image_size=run.images.image_size,
+        image_size=run.images.side,
         num_labels=len(data.classes),
         drop_path_rate=run.drop_path_rate,
         **fields,
@@ -360,9 +432,10 @@ def _train_teacher(
     if not training.epochs or (folder / TEACHER_FOLDER).is_dir():
         return teacher
     set_seed(run.seed + 1)
-    images = _Images(run, TaskObjective(), len(data.classes))
+    images = _Images(run, TaskObjective(), len(data.classes), device)
     stage = folder / "0-teacher"
-    _train(run, teacher, data, stage, device, images, training.epochs, training.learning_rate, resume=resume)
+    epochs, rate, decay = training.epochs, training.learning_rate, training.layer_decay
+    _train(run, teacher, _near(data, device), stage, device, images, epochs, rate, decay, resume=resume)
     if is_main_process():
         save_model(teacher, None, folder / TEACHER_FOLDER)
     return teacher.eval()
@@ -377,6 +450,7 @@ def _train(
     images: _Images,
     epochs: int,
     learning_rate: float,
+    layer_decay: float,
     *,
     resume: bool,
     callbacks: Sequence[TrainerCallback] = (),
@@ -403,6 +477,7 @@ def _train(
         has_unused_parameters=True,
     )
     arguments.include_num_input_tokens_seen = "no"  # it would count pixels
+    arguments.dataloader_pin_memory &= data.train.pixels.device.type == "cpu"
     fit(
         model,
         arguments,
@@ -416,8 +491,17 @@ def _train(
         keep_checkpoints=run.keep_checkpoints,
         loss_fn=images,
         callbacks=callbacks,
+        rates=_rates(run, model, layer_decay),
     )
     return history
+
+
+def _rates(run: AdaptationRun, model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
+    """Shares of the learning rate, of those that do not get all of it."""
+    names = [name for name, _ in model.named_parameters()]
+    beside = [name for name in names if name.startswith(f"{ATTRIBUTE}.")]
+    rates = layer_rates([name for name in names if name not in set(beside)], layer_decay)
+    return {name: rate for name, rate in (rates | dict.fromkeys(beside, run.projection_rate)).items() if rate != 1}
 
 
 def _validate(run: AdaptationRun, model: Any, dataset: ImageDataset) -> dict[str, float]:
@@ -444,7 +528,7 @@ def _alignment(
     return [[linear_cka(row, column) for column in columns] for row in rows]
 
 
-def _write_results(done: AdaptedModel, data: ImageData, alignment: list[list[float]]) -> None:
+def _write_results(done: AdaptedModel, data: ImageData, alignment: list[list[float]], page: bool) -> None:
     content = {
         "student": asdict(done.student_score),
         "teacher": asdict(done.teacher_score),
@@ -453,6 +537,8 @@ def _write_results(done: AdaptedModel, data: ImageData, alignment: list[list[flo
         "skipped": list(data.skipped),
     }
     write_atomically(done.folder / EVALUATION_FILE, json.dumps(content) + "\n")
+    if not page:
+        return
     report = AdaptionReport(
         name=done.run.name,
         teacher=done.run.teacher,

@@ -4,6 +4,7 @@ Every recipe is the same run with another `method` or without subcloning, so tha
 batches, steps and student.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from transmamba.data import Augmentation, ImageSource
@@ -11,6 +12,7 @@ from transmamba.distillation import AdaptionLoss
 from transmamba.errors import RecipeError
 from transmamba.models import VISION_PRESETS
 from transmamba.recipes.training_run import TrainingRun, check_learning_rate
+from transmamba.training import layer_rates
 
 __all__ = [
     "METHODS",
@@ -19,6 +21,7 @@ __all__ = [
     "TeacherTraining",
     "adapt",
     "adapt_v1",
+    "adapt_v2",
     "bridging",
     "distil_only",
     "from_scratch",
@@ -75,11 +78,12 @@ class SubcloningSettings:
 class TeacherTraining:
     """How the teacher is fine-tuned on the images first. epochs: 0 = it is used as it is.
 
-    The sizes are those of a teacher that is new: a DeiT-tiny.
+    layer_decay: see `AdaptationRun`. The sizes are those of a teacher that is new: a DeiT-tiny.
     """
 
     epochs: int = 0
     learning_rate: float = 5e-4
+    layer_decay: float = 1.0
     hidden_size: int = 192
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
@@ -107,6 +111,8 @@ class AdaptationRun(TrainingRun):
         those of its name; patch_size None = the teacher's.
     method: a name of METHODS. loss: of "adaption". temperature: of the logits in the other methods.
     sharing, padding: of the projections; see `make_projections`.
+    layer_decay: of the learning rate from layer to layer, towards the input; see `layer_rates`. projection_rate: of the
+        projections and bridges, times the learning rate.
     epochs: over the training images. warmup_share: of the steps, in which the learning rate rises to its peak.
     average_decay: the student is the average of its weights over steps, with this weight of the past; None = the last.
     mean, std: of the normalisation of red, green and blue, which teacher and student share.
@@ -130,6 +136,8 @@ class AdaptationRun(TrainingRun):
     temperature: float = 2.0
     epochs: int = 100
     learning_rate: float = 5e-4
+    layer_decay: float = 1.0
+    projection_rate: float = 1.0
     warmup_share: float = 0.05
     average_decay: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -153,6 +161,10 @@ class AdaptationRun(TrainingRun):
                 raise RecipeError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.warmup_share < 1:
             raise RecipeError(f"warmup_share={self.warmup_share} must be at least 0 and below 1.")
+        for decay in (self.layer_decay, self.teacher_training.layer_decay):
+            layer_rates((), decay)  # refuses what is none
+        if not 0 < self.projection_rate < math.inf:
+            raise RecipeError(f"projection_rate={self.projection_rate} must be above 0; 1 is the others' rate.")
         if not self.temperature > 0:
             raise RecipeError(f"temperature={self.temperature} must be above 0.")
         if self.average_decay is not None and not 0 < self.average_decay < 1:
@@ -166,10 +178,11 @@ class AdaptationRun(TrainingRun):
 
 
 def adapt() -> AdaptationRun:
-    """Ours: subcloning, then adaptive distillation of all directions:
+    """Ours: subcloning, then adaptive distillation of all directions, and of the logits:
     `transmamba adapt --teacher facebook/deit-tiny-patch16-224 --student plain_mamba_tiny --data my_images/`.
 
-    Optimizer and augmentation are those of the paper's public code, batches of 256 and no RandAugment.
+    The term of the logits is not the paper's, whose formula is `adapt_v2`. Optimizer and augmentation are those of the
+    paper's public code, batches of 256 and no RandAugment.
     """
     return AdaptationRun(
         name="adapt",
@@ -179,8 +192,14 @@ def adapt() -> AdaptationRun:
         max_gradient_norm=1.0,
         min_learning_rate_ratio=0.02,
         augmentation=Augmentation(crop_padding=4, flip=True, erase=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1),
+        loss=AdaptionLoss(logit_weight=0.5),
         log_every=10,
     )
+
+
+def adapt_v2() -> AdaptationRun:
+    """The paper's second version: its loss as it is printed, without the logits."""
+    return replace(adapt(), name="adapt_v2", output="", loss=AdaptionLoss())
 
 
 def adapt_v1() -> AdaptationRun:

@@ -1,6 +1,6 @@
 """Training one model with the Trainer: what runs of every kind share once data, loss and arguments are known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +33,11 @@ def fit(
     loss_fn: LossFunction = causal_lm_loss,
     callbacks: Sequence[TrainerCallback] = (),
     data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Model:
     """Train to the end, from a checkpoint if there is one, and return the model, on its device.
 
-    data_collator: None = items have equal shapes and are stacked.
+    data_collator: None = items have equal shapes and are stacked. rates: as TransMambaTrainer takes them.
     """
     progress = TrainingProgress(history, description)
     logs = Path(arguments.output_dir) / "tensorboard"
@@ -51,6 +52,7 @@ def fit(
         callbacks=[progress, *callbacks, *tensorboard_callbacks(logs)],
         keep_checkpoints=keep_checkpoints,
         data_collator=data_collator,
+        rates=rates,
     )
     try:
         with without_progress_bars():

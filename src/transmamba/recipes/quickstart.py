@@ -12,7 +12,6 @@ Everything that a user would do with a checkpoint of their own, with the same fu
 import json
 import platform
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -25,13 +24,13 @@ import torch
 from transmamba._version import __version__
 from transmamba.conversion import convert_checkpoint
 from transmamba.data import Documents, TextSource, load_documents, load_tokenizer, pack_documents
-from transmamba.errors import RecipeError
 from transmamba.inference import continue_prompt, load_checkpoint, resolve_device
 from transmamba.progress import without_progress_bars
 from transmamba.recipes.carry_out import TrainedModel, train_language_model
 from transmamba.recipes.distil import DistilledModel, distil
 from transmamba.recipes.distillation import DistillationRun, descend
 from transmamba.recipes.language_model import LanguageModelRun, ModelSettings
+from transmamba.recipes.run_folder import claim_folder
 from transmamba.recipes.student_report import ReportSettings, measure_student
 from transmamba.report import CrossedSample, QuickstartReport, StudentMeasurements
 
@@ -90,7 +89,7 @@ def run_quickstart(
     """
     began = time.monotonic()
     chosen = resolve_device(device)
-    _claim_folder(output)
+    claim_folder(output, MARKER)
     corpus = output / "corpus"
     documents = load_documents(TextSource(source="builtin:python-docs"))
     source = _write_corpus(documents, corpus)
@@ -212,17 +211,6 @@ def quickstart_student(
         seed=seed,
         output=output,
     )
-
-
-def _claim_folder(output: Path) -> None:
-    if output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / MARKER).is_file()):
-            raise RecipeError(
-                f"output={str(output)!r} holds something that is not a quickstart; give another --output."
-            )
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
-    (output / MARKER).touch()
 
 
 def _write_corpus(documents: Documents, folder: Path) -> TextSource:

@@ -20,7 +20,16 @@ from transmamba.progress import without_progress_bars
 from transmamba.recipes.training_run import TrainingRun
 from transmamba.training.checkpoints import mark_complete
 
-__all__ = ["EVALUATION_FILE", "MODEL_FOLDER", "RUN_FILE", "check_folder", "provenance", "read_record", "save_model"]
+__all__ = [
+    "EVALUATION_FILE",
+    "MODEL_FOLDER",
+    "RUN_FILE",
+    "check_folder",
+    "claim_folder",
+    "provenance",
+    "read_record",
+    "save_model",
+]
 
 RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
@@ -70,6 +79,22 @@ def check_folder(run: TrainingRun, resume: bool, free_to_change: Collection[str]
             f"output={run.output!r} holds another run: {listed}. Resume with the same settings, or give another "
             "--output."
         )
+
+
+def claim_folder(output: Path, marker: str) -> None:
+    """Make the folder of a quickstart, in the place of an earlier one, which holds a file of the marker's name.
+
+    Raises:
+        RecipeError: it holds something else.
+    """
+    if output.exists():
+        if not output.is_dir() or (any(output.iterdir()) and not (output / marker).is_file()):
+            raise RecipeError(
+                f"output={str(output)!r} holds something that is not a quickstart; give another --output."
+            )
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / marker).touch()
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transmamba.recipes.adaptation import (
     AdaptationRun,
     adapt,
     adapt_v1,
+    adapt_v2,
     bridging,
     distil_only,
     from_scratch,
@@ -72,6 +73,7 @@ ADAPTATIONS: dict[str, Callable[[], AdaptationRun]] = {
     for recipe in (
         adapt,
         adapt_v1,
+        adapt_v2,
         distil_only,
         weight_reuse,
         from_scratch,

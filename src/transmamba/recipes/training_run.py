@@ -72,6 +72,11 @@ class TrainingRun:
                 f"{source} gives for training; use a smaller batch_size or seq_len, or more text."
             )
 
+    def uses_bf16(self, device: str) -> bool:
+        """Whether products are computed in bf16 on devices of this type."""
+        wanted = self.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+        return self.dtype == "bfloat16" or wanted
+
     def training_arguments(
         self,
         folder: Path,
@@ -85,9 +90,6 @@ class TrainingRun:
         has_unused_parameters: bool,
     ) -> TrainingArguments:
         """What transformers' Trainer is told. has_unused_parameters: some get no gradient in some step."""
-        bf16 = self.dtype == "bfloat16" or (
-            self.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
         return TrainingArguments(
             output_dir=str(folder),
             max_steps=num_steps,
@@ -102,7 +104,7 @@ class TrainingRun:
             adam_beta2=self.adam_betas[1],
             max_grad_norm=self.max_gradient_norm,
             seed=seed,
-            bf16=bf16,
+            bf16=self.uses_bf16(device),
             use_cpu=device == "cpu",
             logging_steps=self.log_every,
             logging_first_step=True,

@@ -26,10 +26,12 @@ from transmamba.report.student import (
     StudentReport,
 )
 from transmamba.report.units import format_bytes, format_count, format_seconds
+from transmamba.report.vision_quickstart import ClassifierRow, VisionQuickstartReport
 
 __all__ = [
     "AdaptionReport",
     "AgreementRow",
+    "ClassifierRow",
     "CrossedSample",
     "Findings",
     "Mark",
@@ -42,6 +44,7 @@ __all__ = [
     "SpeedRow",
     "StudentMeasurements",
     "StudentReport",
+    "VisionQuickstartReport",
     "alignment_figure",
     "cache_figure",
     "confusion_figure",

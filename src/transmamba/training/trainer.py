@@ -11,6 +11,7 @@ its teacher. What differs from transformers.Trainer:
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class TransMambaTrainer(Trainer):
         means over micro-batches.
     evaluate_fn: (model, eval_dataset) -> numbers, logged with "eval_" in front.
     keep_checkpoints: how many complete checkpoints stay.
+    rates: of parameters by name, the share of the learning rate that each gets; 1 where there is none.
     """
 
     control: TrainerControl
@@ -87,6 +89,7 @@ class TransMambaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         keep_checkpoints: int = 2,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         if keep_checkpoints < 1:
             raise RecipeError(f"keep_checkpoints={keep_checkpoints} must be at least 1.")
@@ -107,8 +110,9 @@ class TransMambaTrainer(Trainer):
         self.loss_fn = loss_fn
         self.evaluate_fn = evaluate_fn
         self.keep_checkpoints = keep_checkpoints
+        self.rates = dict(rates or {})
         self._first_bad_step = torch.tensor(-1, device=args.device)
-        self._metric_sums: dict[str, Tensor] = {}
+        self._metric_sums: dict[tuple[str, ...], Tensor] = {}  # by the names of what is in them
         self._metric_count = 0
 
     def compute_loss(
@@ -134,17 +138,17 @@ class TransMambaTrainer(Trainer):
             loss.device.type == "cpu"
         ):  # elsewhere reading it would stall the queue; there it is read when logging or saving
             self._check_finite()
-        for name, value in metrics.items():
-            value = torch.as_tensor(value, device=loss.device).detach()
-            self._metric_sums[name] = self._metric_sums[name] + value if name in self._metric_sums else value
-        self._metric_count += 1
+        self._add_metrics(metrics, loss.device)
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the loss function's metrics since the last time."""
         self._check_finite()
         if "loss" in logs and self._metric_count:
-            logs |= {name: float(total) / self._metric_count for name, total in self._metric_sums.items()}
+            totals: Counter[str] = Counter()
+            for names, sums in self._metric_sums.items():
+                totals.update(dict(zip(names, sums.tolist(), strict=True)))
+            logs |= {name: total / self._metric_count for name, total in totals.items()}
             self._metric_sums, self._metric_count = {}, 0
         super().log(logs, start_time)
 
@@ -162,9 +166,48 @@ class TransMambaTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's own, or with a group of parameters for each rate and each weight decay."""
+        if not self.rates:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((self.rates.get(name, 1.0), name in decayed), []).append(parameter)
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        # The first group's rate is the one that is logged.
+        in_order = sorted(groups.items(), key=lambda item: (item[0][0] != 1, -item[0][0]))
+        self.optimizer: torch.optim.Optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (rate, decays), parameters in in_order
+            ],
+            **arguments,
+        )
+        return self.optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that weight decay acts on."""
         return decayed_parameter_names(model)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None are counted: transformers would walk through every module at every step for a number nobody reads."""
+        return 0
+
+    def _add_metrics(self, metrics: Mapping[str, Tensor | float], device: torch.device) -> None:
+        """Add to the sums, all at once: a kernel for each would take longer than small models do."""
+        self._metric_count += 1
+        if not metrics:
+            return
+        names = tuple(metrics)
+        values = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in metrics.values()])
+        self._metric_sums[names] = self._metric_sums[names] + values if names in self._metric_sums else values
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
@@ -218,6 +261,8 @@ def decayed_parameter_names(model: nn.Module) -> list[str]:
     ]
 
 
-def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack items of equal shapes."""
+def stack(items: list[dict[str, Tensor]] | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack items of equal shapes; a data set that gives whole batches has done so."""
+    if isinstance(items, dict):
+        return items
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -3,25 +3,22 @@
 Notable: the mixer scans the image along four snakes with the same parameters; hidden states are in raster order.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import can_return_tuple
 
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
+    SequenceBackbone,
     VisionMambaClassifier,
-    VisionMambaOutput,
     VisionMambaPreTrainedModel,
     as_map,
-    check_output,
-    chosen_layers,
     linear_rows,
     norm_rows,
     state_space_rows,
@@ -70,7 +67,7 @@ class PlainMambaPreTrainedModel(VisionMambaPreTrainedModel):
         )
 
 
-class PlainMambaModel(PlainMambaPreTrainedModel):
+class PlainMambaModel(SequenceBackbone, PlainMambaPreTrainedModel):
     """The backbone: images to patches of one width."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
@@ -91,48 +88,11 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
 
     def sequence_patches(self, pixel_values: Tensor) -> Tensor:
         """The raster index of every token of the sequence for such images: all patches, in raster order."""
-        height, width = self.config.grid(*pixel_values.shape[-2:])
-        return torch.arange(height * width, device=pixel_values.device)
-
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """The patches after the final norm, (batch, patches, hidden_size)."""
-        return self.norm(self._run(pixel_values)[0])
+        return self._patches(self.config.grid(*pixel_values.shape[-2:]), pixel_values.device)
 
     def pool(self, features: Tensor) -> Tensor:
         """What a head reads of forward_features: the mean."""
         return features.mean(dim=1)
-
-    def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-        """(batch, hidden_size, height, width) after each of these layers, all at one scale; the last one normalised.
-
-        layers: from 0, negative from the end; None: the ends of the four quarters of the network.
-        """
-        chosen = chosen_layers(layers, len(self.layers))
-        _, states, _, grid = self._run(pixel_values, keep_states=True)
-        last = len(self.layers) - 1
-        return tuple(
-            as_map(self.norm(states[layer + 1]) if layer == last else states[layer + 1], grid) for layer in chosen
-        )
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_directions: bool = False,
-        **kwargs: Any,
-    ) -> VisionMambaOutput:
-        """pixel_values (batch, num_channels, height, width), normalised; any size."""
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, states, directions, _ = self._run(pixel_values, wanted, output_directions)
-        hidden = self.norm(hidden)
-        check_output("PlainMambaModel", hidden)
-        return VisionMambaOutput(
-            last_hidden_state=hidden,
-            pooler_output=self.pool(hidden),
-            hidden_states=states if wanted else None,
-            directions=directions if output_directions else None,
-        )
 
     def _run(
         self, pixel_values: Tensor | None, keep_states: bool = False, keep_directions: bool = False
@@ -151,6 +111,9 @@ class PlainMambaModel(PlainMambaPreTrainedModel):
             if keep_directions:
                 directions.append(found)
         return x, tuple(states), tuple(directions), grid
+
+    def _patches(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.arange(math.prod(grid), device=device)
 
 
 class PlainMambaForImageClassification(VisionMambaClassifier, PlainMambaPreTrainedModel):

@@ -4,28 +4,22 @@ Notable: as ViM, with the class token first and the sum of directions as it is. 
 height, width), as everywhere in transformers.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import can_return_tuple
 
 from transmamba.errors import InputError
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
+    SequenceBackbone,
     VisionMambaClassifier,
-    VisionMambaOutput,
     VisionMambaPreTrainedModel,
-    as_map,
     bidirectional_rows,
-    check_output,
-    chosen_layers,
     linear_rows,
-    split_tokens,
     uniform_row,
 )
 from transmamba.modules import BidirectionalMambaMixer, DropPath, PatchEmbedding, scan_order
@@ -69,7 +63,7 @@ class VideoMambaPreTrainedModel(VisionMambaPreTrainedModel):
         )
 
 
-class VideoMambaModel(VideoMambaPreTrainedModel):
+class VideoMambaModel(SequenceBackbone, VideoMambaPreTrainedModel):
     """The backbone: images or videos to a class token and the patches of all frames."""
 
     def __init__(self, config: VideoMambaConfig) -> None:
@@ -101,46 +95,9 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             grid = (pixel_values.shape[1] // self.config.tubelet_size, *grid)
         return self._patches(grid, pixel_values.device)
 
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """The sequence after the final norm, (batch, class token and patches, hidden_size)."""
-        return self._normed(self._run(pixel_values)[0])
-
     def pool(self, features: Tensor) -> Tensor:
         """What a head reads of forward_features: the class token."""
         return features[:, 0]
-
-    def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-        """(batch, hidden_size, [frames,] height, width) after each of these layers; the last one normalised.
-
-        layers: from 0, negative from the end; None: the ends of the four quarters of the network.
-        """
-        chosen = chosen_layers(layers, len(self.layers))
-        _, states, _, grid = self._run(pixel_values, keep_states=True)
-        patches, last = self._patches(grid, pixel_values.device), len(self.layers) - 1
-        wanted = [self._normed(states[i + 1]) if i == last else states[i + 1] for i in chosen]
-        return tuple(as_map(split_tokens(state, patches)[1], grid) for state in wanted)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_directions: bool = False,
-        **kwargs: Any,
-    ) -> VisionMambaOutput:
-        """pixel_values (batch, num_channels, height, width), or with num_frames (batch, frames, num_channels, height,
-        width), normalised; any size of at least one patch and tubelet.
-        """
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, states, directions, _ = self._run(pixel_values, wanted, output_directions)
-        hidden = self._normed(hidden)
-        check_output("VideoMambaModel", hidden)
-        return VisionMambaOutput(
-            last_hidden_state=hidden,
-            pooler_output=self.pool(hidden),
-            hidden_states=states if wanted else None,
-            directions=directions if output_directions else None,
-        )
 
     def _run(
         self, pixel_values: Tensor | None, keep_states: bool = False, keep_directions: bool = False
@@ -174,9 +131,6 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
     def _patches(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
         order = scan_order(cast(str, self.config.scan_order), grid, device).order
         return patches_with_token(order, 0, TOKEN_WITHOUT_PATCH)
-
-    def _normed(self, state: Tensor) -> Tensor:
-        return self.norm(state.to(self.norm.weight.dtype))
 
 
 class VideoMambaForImageClassification(VisionMambaClassifier, VideoMambaPreTrainedModel):

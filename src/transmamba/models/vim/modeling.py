@@ -4,27 +4,21 @@ Notable: the published code hands hidden states and residual on separately, to f
 pre-norm residual, which is what is computed here.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import can_return_tuple
 
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
+    SequenceBackbone,
     VisionMambaClassifier,
-    VisionMambaOutput,
     VisionMambaPreTrainedModel,
-    as_map,
     bidirectional_rows,
-    check_output,
-    chosen_layers,
     linear_rows,
-    split_tokens,
 )
 from transmamba.modules import BidirectionalMambaMixer, DropPath, PatchEmbedding, scan_order
 from transmamba.modules.bidirectional_mamba import both_directions
@@ -55,7 +49,7 @@ class VimPreTrainedModel(VisionMambaPreTrainedModel):
         )
 
 
-class VimModel(VimPreTrainedModel):
+class VimModel(SequenceBackbone, VimPreTrainedModel):
     """The backbone: images to a sequence of patches with a class token among them."""
 
     def __init__(self, config: VimConfig) -> None:
@@ -78,45 +72,10 @@ class VimModel(VimPreTrainedModel):
         """The raster index of every token of the sequence for such images; TOKEN_WITHOUT_PATCH is the class token."""
         return self._patches(self.config.grid(*pixel_values.shape[-2:]), pixel_values.device)
 
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """The sequence after the final norm, (batch, patches and class token, hidden_size)."""
-        return self._normed(self._run(pixel_values)[0])
-
     def pool(self, features: Tensor) -> Tensor:
         """What a head reads of forward_features: the class token, or the mean where there is none."""
         at = self.config.class_token_position(features.shape[1] - 1)
         return features.mean(dim=1) if at is None else features[:, at]
-
-    def feature_maps(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-        """(batch, hidden_size, height, width) after each of these layers, all at one scale; the last one normalised.
-
-        layers: from 0, negative from the end; None: the ends of the four quarters of the network.
-        """
-        chosen = chosen_layers(layers, len(self.layers))
-        _, states, _, grid = self._run(pixel_values, keep_states=True)
-        patches, last = self._patches(grid, pixel_values.device), len(self.layers) - 1
-        wanted = [self._normed(states[i + 1]) if i == last else states[i + 1] for i in chosen]
-        return tuple(as_map(split_tokens(state, patches)[1], grid) for state in wanted)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_directions: bool = False,
-        **kwargs: Any,
-    ) -> VisionMambaOutput:
-        """pixel_values (batch, num_channels, height, width), normalised; any size of at least one patch."""
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, states, directions, _ = self._run(pixel_values, wanted, output_directions)
-        hidden = self._normed(hidden)
-        check_output("VimModel", hidden)
-        return VisionMambaOutput(
-            last_hidden_state=hidden,
-            pooler_output=self.pool(hidden),
-            hidden_states=states if wanted else None,
-            directions=directions if output_directions else None,
-        )
 
     def _run(
         self, pixel_values: Tensor | None, keep_states: bool = False, keep_directions: bool = False
@@ -151,13 +110,10 @@ class VimModel(VimPreTrainedModel):
         before, token, after = self.pos_embed.split((at, 1, self.pos_embed.shape[1] - at - 1), dim=1)
         return resize_positions(torch.cat([before, after], dim=1), trained, grid), token
 
-    def _patches(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+    def _patches(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
         order = scan_order(self.config.scan_order, grid, device).order
         at = self.config.class_token_position(len(order))
         return order if at is None else patches_with_token(order, at, TOKEN_WITHOUT_PATCH)
-
-    def _normed(self, state: Tensor) -> Tensor:
-        return self.norm(state.to(self.norm.weight.dtype))
 
 
 class VimForImageClassification(VisionMambaClassifier, VimPreTrainedModel):

@@ -5,22 +5,20 @@ States and directions are per block, those of all stages in a row, and their gri
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import can_return_tuple
 
 from transmamba.models.initial_values import InitialValue
 from transmamba.models.vision import (
     Directions,
+    VisionMambaBackbone,
     VisionMambaClassifier,
-    VisionMambaOutput,
     VisionMambaPreTrainedModel,
-    check_output,
     chosen_layers,
     default_dt_rank,
     linear_rows,
@@ -86,7 +84,7 @@ class VMambaPreTrainedModel(VisionMambaPreTrainedModel):
         return tuple(rows)
 
 
-class VMambaModel(VMambaPreTrainedModel):
+class VMambaModel(VisionMambaBackbone, VMambaPreTrainedModel):
     """The backbone: images to the positions of its last stage, and to a pyramid of maps."""
 
     def __init__(self, config: VMambaConfig) -> None:
@@ -105,10 +103,6 @@ class VMambaModel(VMambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """The positions of the last stage after the final norm, in raster order, (batch, positions, hidden_size)."""
-        return self.norm(self._run(pixel_values)[0]).flatten(1, 2)
-
     def pool(self, features: Tensor) -> Tensor:
         """What a head reads of forward_features: the mean."""
         return features.mean(dim=1)
@@ -119,35 +113,15 @@ class VMambaModel(VMambaPreTrainedModel):
         layers: stages from 0, negative from the end; None: all, at a 4th to a 32nd of the image.
         """
         chosen = chosen_layers(range(len(self.stages)) if layers is None else layers, len(self.stages))
-        last, states, _ = self._run(pixel_values, keep_states=True)
+        last, states, _, _ = self._run(pixel_values, keep_states=True)
         ends = [sum(self.config.depths[: stage + 1]) for stage in range(len(self.stages))]
-        maps = [states[end] for end in ends[:-1]] + [self.norm(last)]
+        maps = [states[end] for end in ends[:-1]] + [self._normed(last)]
         return tuple(maps[stage].permute(0, 3, 1, 2).contiguous() for stage in chosen)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_directions: bool = False,
-        **kwargs: Any,
-    ) -> VisionMambaOutput:
-        """pixel_values (batch, num_channels, height, width), normalised; any size of at least one patch."""
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, states, directions = self._run(pixel_values, wanted, output_directions)
-        hidden = self.norm(hidden).flatten(1, 2)
-        check_output("VMambaModel", hidden)
-        return VisionMambaOutput(
-            last_hidden_state=hidden,
-            pooler_output=self.pool(hidden),
-            hidden_states=tuple(state.flatten(1, 2) for state in states) if wanted else None,
-            directions=directions if output_directions else None,
-        )
 
     def _run(
         self, pixel_values: Tensor | None, keep_states: bool = False, keep_directions: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...], Directions]:
-        """(the last state (b, h, w, c), the state before and after each block if kept, all directions if kept)."""
+    ) -> tuple[Tensor, tuple[Tensor, ...], Directions, tuple[int, ...]]:
+        """(the last state (b, h, w, c), those around each block if kept, all directions if kept, the grid)."""
         pixel_values = check_pixels(
             "VMambaModel", pixel_values, self.config.num_channels, self.patch_embed.smallest(len(self.stages))
         )
@@ -163,7 +137,7 @@ class VMambaModel(VMambaPreTrainedModel):
                     directions.append(found)
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return x, tuple(states), tuple(directions)
+        return x, tuple(states), tuple(directions), tuple(x.shape[1:3])
 
 
 class VMambaForImageClassification(VisionMambaClassifier, VMambaPreTrainedModel):
