@@ -11,6 +11,7 @@ from transmamba.ops import backends, explain
 from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
 OPS = (
+    "attention_step",
     "causal_conv1d",
     "hybrid_mixer",
     "logit_distillation",
@@ -21,7 +22,7 @@ OPS = (
     "ssd_step",
 )
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
-UNPROVEN = ("logit_distillation", "selective_scan")  # kernels that no card has run yet
+UNPROVEN = ("attention_step", "logit_distillation", "selective_scan", "ssd_step")  # kernels that no card has run yet
 
 
 class OnCuda:

@@ -20,6 +20,7 @@ from transmamba._version import __version__
 from transmamba.errors import TransMambaError
 from transmamba.inference import resolve_device
 from transmamba.ops import (
+    attention_step,
     causal_conv1d,
     explain,
     hybrid_mixer,
@@ -164,6 +165,9 @@ class _Sample:
 
 # Each calls an op with everything optional present, on the backend asked for.
 _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] = {
+    "attention_step": lambda s, backend: attention_step(
+        s.q[:, 0], s.k, s.v, torch.tensor([len(s.angles), 70], device=s.angles.device), backend=backend
+    ),
     "causal_conv1d": lambda s, backend: causal_conv1d(
         s.v.flatten(2), s.weight, s.weight[:, 0], activation="silu", return_final_state=True, backend=backend
     ),

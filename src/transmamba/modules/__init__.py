@@ -4,12 +4,14 @@ from .bidirectional_mamba import BidirectionalMambaMixer
 from .cache import TransMambaCache, TransMambaLayerCache
 from .conv import CausalConv1d
 from .cross_scan import CrossScanMixer
+from .decoding import StepPlace, hand_over, mixer_step
 from .layout import TokenLayout
 from .mixer import SSM_PARAMETERS, MixerConfig, RotaryTables, TransMambaMixer
 from .mlp import GatedMLP, PlainMLP
 from .patches import DropPath, PatchEmbedding
 from .plain_mamba import PlainMambaMixer
 from .scan_orders import DirectionOutput, ScanOrder, scan_order, scan_order_names
+from .static_cache import LayerMode, StaticCache, StaticLayer, layer_mode
 
 __all__ = [
     "SSM_PARAMETERS",
@@ -19,16 +21,23 @@ __all__ = [
     "DirectionOutput",
     "DropPath",
     "GatedMLP",
+    "LayerMode",
     "MixerConfig",
     "PatchEmbedding",
     "PlainMLP",
     "PlainMambaMixer",
     "RotaryTables",
     "ScanOrder",
+    "StaticCache",
+    "StaticLayer",
+    "StepPlace",
     "TokenLayout",
     "TransMambaCache",
     "TransMambaLayerCache",
     "TransMambaMixer",
+    "hand_over",
+    "layer_mode",
+    "mixer_step",
     "scan_order",
     "scan_order_names",
 ]

@@ -1,5 +1,6 @@
 """Mathematics with a contract: each op is a folder with a public function, its reference and its fast forms."""
 
+from .attention_step import attention_step
 from .backends import BackendChoice, explain
 from .causal_conv1d import causal_conv1d
 from .checks import check_values
@@ -16,6 +17,7 @@ __all__ = [
     "BackendChoice",
     "LogitLosses",
     "apply_rotary",
+    "attention_step",
     "causal_conv1d",
     "check_values",
     "explain",
