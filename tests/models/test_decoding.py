@@ -79,6 +79,26 @@ def test_the_phases_are_those_of_the_schedule(
     assert set(phases(assert_same(model, tokens(2, prompt_length), **given))) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True},
+        {"qk_norm": True, "ssm_rope": True},
+        {"attention_bias": True, "mlp_bias": True, "gate_bias": True},
+        {"norm_type": "layer", "mlp_gated": False, "position_embedding": "learned"},
+        {"hidden_act": "gelu"},
+        {"rope_layers": [True, False, True]},
+        {"mode_norm": True, "qk_norm": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [(4, 4), (9, 5, 2)], ids=str)
+def test_other_forms_of_the_layer(changes: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    model = tiny_model(torch.float64, **VARIANTS["every layer switches"] | changes).requires_grad_(False)
+    ids, mask = padded(documents(*lengths), "left")
+    assert_same(model, ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("lengths", [(9, 5, 2), (7, 8, 6), (1, 12, 7), (6, 6, 6)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_at_different_positions(variant: str, lengths: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 OPS = (
     "attention_step",
     "causal_conv1d",
+    "conv_ssd_step",
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",
@@ -20,9 +21,17 @@ OPS = (
     "softmax_attention",
     "ssd_scan",
     "ssd_step",
+    "step_linear",
 )
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
-UNPROVEN = ("attention_step", "logit_distillation", "selective_scan", "ssd_step")  # kernels that no card has run yet
+UNPROVEN = (
+    "attention_step",
+    "conv_ssd_step",
+    "logit_distillation",
+    "selective_scan",
+    "ssd_step",
+    "step_linear",
+)  # kernels that no card has run yet
 
 
 class OnCuda:

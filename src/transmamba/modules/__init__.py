@@ -4,7 +4,7 @@ from .bidirectional_mamba import BidirectionalMambaMixer
 from .cache import TransMambaCache, TransMambaLayerCache
 from .conv import CausalConv1d
 from .cross_scan import CrossScanMixer
-from .decoding import StepPlace, hand_over, mixer_step
+from .decoding import StepPlace, hand_over, mixer_step, mlp_step, products
 from .layout import TokenLayout
 from .mixer import SSM_PARAMETERS, MixerConfig, RotaryTables, TransMambaMixer
 from .mlp import GatedMLP, PlainMLP
@@ -38,6 +38,8 @@ __all__ = [
     "hand_over",
     "layer_mode",
     "mixer_step",
+    "mlp_step",
+    "products",
     "scan_order",
     "scan_order_names",
 ]

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "attention_step": ("reference", "torch", "triton"),
     "causal_conv1d": ("reference", "torch"),
+    "conv_ssd_step": ("reference", "torch", "triton"),
     "hybrid_mixer": ("reference", "torch", "triton"),
     "logit_distillation": ("reference", "torch", "triton"),
     "memory_converter": ("reference", "torch", "triton"),
@@ -29,10 +30,18 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "softmax_attention": ("reference", "torch"),
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch", "triton"),
+    "step_linear": ("reference", "torch", "triton"),
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN = ("attention_step", "logit_distillation", "selective_scan", "ssd_step")
+_UNPROVEN = (
+    "attention_step",
+    "conv_ssd_step",
+    "logit_distillation",
+    "selective_scan",
+    "ssd_step",
+    "step_linear",
+)
 _trusted: set[str] = set()
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

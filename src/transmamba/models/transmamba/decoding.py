@@ -23,6 +23,8 @@ from transmamba.modules import (
     hand_over,
     layer_mode,
     mixer_step,
+    mlp_step,
+    products,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class Phase(NamedTuple):
 class DecodeSession:
     """A static cache, the buffers of a step, and the recorded steps that read and write them."""
 
-    def __init__(self, backbone: "TransMambaModel", head: nn.Module, static: StaticCache, capture: Capture) -> None:
+    def __init__(self, backbone: "TransMambaModel", head: nn.Linear, static: StaticCache, capture: Capture) -> None:
         self.backbone, self.head, self.static, self.capture = backbone, head, static, capture
         self.weights = addresses(backbone, head)
         self.steps: dict[Phase, Replay] = {}
@@ -124,7 +126,7 @@ class DecodeSession:
 
     def _compute(self, phase: Phase) -> None:
         hidden = backbone_step(self.backbone, self.tokens, self.static, phase)
-        logits = self.head(hidden)
+        (logits,) = products(hidden, [self.head], self.backbone.norm)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
@@ -153,16 +155,16 @@ class DecodeSession:
 
 
 def backbone_step(backbone: "TransMambaModel", tokens: Tensor, static: StaticCache, phase: Phase) -> Tensor:
-    """The model's last hidden state of one token of every row, (rows, hidden_size)."""
+    """The last layer's output for one token of every row, (rows, hidden_size), before the norm."""
     place = step_place(backbone, static, phase)
     hidden = backbone.embed_tokens(tokens)
     if backbone.embed_positions is not None:
         hidden = hidden + backbone.embed_positions(static.positions)
     for block, layer, mode in zip(blocks_of(backbone), static.layers, phase.modes, strict=True):
-        hidden = hidden + mixer_step(block.mixer, block.input_layernorm(hidden), place, layer, mode)
+        hidden = mixer_step(block.mixer, block.input_layernorm, hidden, place, layer, mode)
         if block.mlp is not None:
-            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-    return cast(Tensor, backbone.norm(hidden))
+            hidden = mlp_step(block.mlp, block.post_attention_layernorm, hidden)
+    return hidden
 
 
 def blocks_of(backbone: "TransMambaModel") -> "list[TransMambaDecoderLayer]":
@@ -198,7 +200,7 @@ class Decoder:
         self.kept: set[tuple[int, int]] = set()  # sessions that warm_up has made stay
 
     def session(
-        self, backbone: "TransMambaModel", head: nn.Module, mixers: Sequence[TransMambaMixer], batch: int, length: int
+        self, backbone: "TransMambaModel", head: nn.Linear, mixers: Sequence[TransMambaMixer], batch: int, length: int
     ) -> DecodeSession:
         """The session for `batch` rows of up to `length` tokens; others are given up unless they were warmed up."""
         key = (rounded_batch(batch), rounded_length(length))
@@ -228,7 +230,7 @@ class Decoder:
     def step(
         self,
         backbone: "TransMambaModel",
-        head: nn.Module,
+        head: nn.Linear,
         mixers: Sequence[TransMambaMixer],
         cache: TransMambaCache,
         tokens: Tensor,
