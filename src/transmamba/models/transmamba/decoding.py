@@ -227,6 +227,10 @@ class Decoder:
         self.sessions[key] = DecodeSession(backbone, head, static, self.capture)
         return self.sessions[key]
 
+    def keep(self, session: DecodeSession) -> None:
+        """Do not give this session up when another batch size or length comes."""
+        self.kept.add((session.static.rows, session.static.capacity))
+
     def step(
         self,
         backbone: "TransMambaModel",
