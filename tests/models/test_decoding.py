@@ -6,6 +6,9 @@ marked `gpu` record.
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,10 +18,12 @@ from torch import Tensor, nn
 from tests.helpers import DEVICE, relative_rms_error
 from tests.models.language_models import TRANS_POINT, VARIANTS, documents, shared_model, tiny_model, tokens
 from tests.models.test_executions import padded
+from tests.ops.kernels import needs_triton
 from transmamba import TransMambaForCausalLM
 from transmamba.models.transmamba import decoding
 from transmamba.models.transmamba.decoding import Decoder, DecodeSession, run_eagerly
 from transmamba.modules import LayerMode, StaticCache, layer_mode
+from transmamba.ops.backends import trust_kernels
 
 PAD, NEW = 0, 12
 BOUND = 1e-6  # logits are handed out in fp32, of fp64 models
@@ -308,11 +313,35 @@ def test_faults_of_a_step_are_seen(monkeypatch: pytest.MonkeyPatch, fault: str) 
     assert max(errors) > 1e3 * BOUND
 
 
+@needs_triton
+@pytest.mark.parametrize("variant", ["every layer switches", "default", "one key head", "normed modes"])
+def test_with_kernels_the_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """In Triton's interpreter on a CPU; on a card they are compiled."""
+    model = tiny_model(torch.float32, **VARIANTS[variant]).requires_grad_(False)
+    ids, mask = padded(documents(6, 4, 8), "left")
+    grown = write(model, Decoder(enabled=False), ids, attention_mask=mask, max_new_tokens=8)
+    for op in ("attention_step", "conv_ssd_step", "ssd_step", "step_linear"):
+        monkeypatch.setattr(import_module(f"transmamba.ops.{op}"), "resolve_backend", lambda *args, **rest: "triton")
+    recorded = write(model, Decoder(run_eagerly), ids, attention_mask=mask, max_new_tokens=8)
+    assert torch.equal(recorded.sequences, grown.sequences)
+    for found, exact in zip(recorded.logits, grown.logits, strict=True):
+        assert relative_rms_error(found, exact) < 1e-4
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "kernels"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Without and with kernels that no card has passed yet."""
+    with trust_kernels() if request.param else nullcontext():
+        yield request.param
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(4, 4), (9, 5, 2), (6, 7, 8, 1, 12)], ids=str)
 @pytest.mark.parametrize("variant", ["default", "every layer switches", "standard form", "one key head"])
-def test_graphs_compute_what_the_full_forward_does(variant: str, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_graphs_compute_what_the_full_forward_does(
+    kernels: bool, variant: str, lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """The whole sequence in one forward, of tokens that graphs have written; rounding may choose other tokens."""
     model = tiny_model(dtype, **VARIANTS[variant]).requires_grad_(False)
     exact = copy.deepcopy(model).double()
@@ -339,7 +368,7 @@ def test_graphs_compute_what_the_full_forward_does(variant: str, lengths: tuple[
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3, 16, 256])
-def test_replayed_steps_are_those_that_run_eagerly(batch: int) -> None:
+def test_replayed_steps_are_those_that_run_eagerly(kernels: bool, batch: int) -> None:
     model, ids = tiny_model(torch.float32, **VARIANTS["every layer switches"]).requires_grad_(False), tokens(batch, 4)
     assert DEVICE.type == "cuda"
     eager = write(model, Decoder(run_eagerly), ids, max_new_tokens=24)

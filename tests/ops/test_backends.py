@@ -134,3 +134,13 @@ def test_a_named_backend_is_taken_and_another_refused(op: str) -> None:
     assert resolve_backend(op, "reference") == "reference"
     with pytest.raises(InputError, match=f"{op} has no backend 'fast'; choose 'reference' or 'torch'.*, or None"):
         resolve_backend(op, "fast")
+
+
+def test_trusted_kernels_are_chosen_while_they_are_trusted(an_h100: None) -> None:
+    with backends.trust_kernels("ssd_step"):
+        assert resolve_backend("ssd_step", None, OnCuda()) == "triton"
+        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
+        with backends.trust_kernels():
+            assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "triton"
+        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
+    assert resolve_backend("ssd_step", None, OnCuda()) == "torch"
