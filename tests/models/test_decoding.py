@@ -51,7 +51,7 @@ def assert_same(model: TransMambaForCausalLM, ids: Tensor, decoder: Decoder | No
 def phases(decoder: Decoder) -> list[str]:
     """The modes of the layers in every phase that was run, as letters."""
     letters = {mode: letter for letter, mode in MODES.items()}
-    return ["".join(letters[m] for m in phase.modes) for x in decoder.sessions.values() for phase in x.seen]
+    return ["".join(letters[m] for m in x.layer_modes(phase)) for x in decoder.sessions.values() for phase in x.seen]
 
 
 @pytest.mark.parametrize("prompt_length", [1, TRANS_POINT - 2, TRANS_POINT - 1, TRANS_POINT, TRANS_POINT + 1, 20])
@@ -200,6 +200,15 @@ def test_a_row_longer_than_planned_goes_on_growing() -> None:
     whole = write(model, Decoder(enabled=False), ids, max_new_tokens=4).sequences[:, :-1]
     exact = model(torch.cat([whole, new], dim=1), use_cache=False).logits[:, -5:]
     assert relative_rms_error(torch.cat(found, dim=1), exact) < BOUND
+
+
+def test_inference_mode_and_none_may_alternate() -> None:
+    model, ids = tiny_model(torch.float64).requires_grad_(False), tokens(2, 5)
+    decoder = Decoder(run_eagerly)
+    wanted = write(model, Decoder(enabled=False), ids).sequences
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            assert torch.equal(write(model, decoder, ids).sequences, wanted)
 
 
 def test_weights_that_moved_are_recorded_anew() -> None:

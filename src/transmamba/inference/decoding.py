@@ -20,6 +20,7 @@ from transmamba.modules import StaticCache, TransMambaMixer
 __all__ = ["StepTiming", "measure_steps", "warm_up"]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def warm_up(model: TransMambaForCausalLM, *, batch_sizes: Sequence[int] = (1,), max_length: int) -> int:
     """Record the steps of every phase that rows of one length pass through, and keep them; how many there are.

@@ -65,7 +65,11 @@ class CudaGraphs:
 
 
 class Phase(NamedTuple):
-    """What the graphs of one batch size differ in. places: bound of the stored keys that are read, a power of two."""
+    """What the graphs of one batch size differ in.
+
+    modes: of the layers with each TransPoint, in the order of the session's. places: bound of the stored keys that are
+    read, a power of two.
+    """
 
     modes: tuple[LayerMode, ...]
     places: int
@@ -83,21 +87,30 @@ class DecodeSession:
         self.tokens = torch.zeros(static.rows, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
         self.mixers = [block.mixer for block in blocks_of(backbone)]
+        self.points = list(dict.fromkeys(layer.trans_point for layer in static.layers))
 
     def phase(self) -> Phase:
         """The phase of the next step."""
         lengths, places = self.static.lengths, SMALLEST_CAPACITY
-        modes = {layer.trans_point: layer_mode(layer.trans_point, lengths) for layer in self.static.layers}
-        reading = [point for point, mode in modes.items() if mode is not LayerMode.SSM]
+        ends = (min(lengths), max(lengths))
+        modes = tuple(layer_mode(point, ends) for point in self.points)
+        reading = [point for point, mode in zip(self.points, modes, strict=True) if mode is not LayerMode.SSM]
         if reading:
-            longest = min(max(lengths) + 1, max(self.static.capacity if p is None else p for p in reading))
+            longest = min(ends[1] + 1, max(self.static.capacity if point is None else point for point in reading))
             while places < longest:
                 places *= 2
-        return Phase(tuple(modes[layer.trans_point] for layer in self.static.layers), places)
+        return Phase(modes, places)
+
+    def layer_modes(self, phase: Phase) -> list[LayerMode]:
+        """The mode of every layer in a phase."""
+        modes = dict(zip(self.points, phase.modes, strict=True))
+        return [modes[layer.trans_point] for layer in self.static.layers]
 
     def hand_over(self) -> None:
         """Turn the stored prefixes of rows that cross a TransPoint with their next token into states."""
         tables: dict[int, tuple[Tensor, Tensor] | None] = {}
+        if set(self.points).isdisjoint(self.static.lengths):
+            return
         for mixer, layer in zip(self.mixers, self.static.layers, strict=True):
             point, rows = layer.trans_point, layer.crossing(self.static.lengths)
             if not rows or point is None:
@@ -125,13 +138,14 @@ class DecodeSession:
         self.steps.get(phase, lambda: self._compute(phase))()
 
     def _compute(self, phase: Phase) -> None:
-        hidden = backbone_step(self.backbone, self.tokens, self.static, phase)
+        hidden = backbone_step(self.backbone, self.tokens, self.static, self.layer_modes(phase), phase.places)
         (logits,) = products(hidden, [self.head], self.backbone.norm)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
         self.static.positions.add_(1)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def warm_up(self, length: int) -> int:
         """Record the step of every phase that rows of one length pass from 1 to `length`; how many there are."""
@@ -154,13 +168,15 @@ class DecodeSession:
         return sorted(position for position in {1} | points | sizes if 0 < position < length)
 
 
-def backbone_step(backbone: "TransMambaModel", tokens: Tensor, static: StaticCache, phase: Phase) -> Tensor:
+def backbone_step(
+    backbone: "TransMambaModel", tokens: Tensor, static: StaticCache, modes: Sequence[LayerMode], places: int
+) -> Tensor:
     """The last layer's output for one token of every row, (rows, hidden_size), before the norm."""
-    place = step_place(backbone, static, phase)
+    place = step_place(backbone, static, modes, places)
     hidden = backbone.embed_tokens(tokens)
     if backbone.embed_positions is not None:
         hidden = hidden + backbone.embed_positions(static.positions)
-    for block, layer, mode in zip(blocks_of(backbone), static.layers, phase.modes, strict=True):
+    for block, layer, mode in zip(blocks_of(backbone), static.layers, modes, strict=True):
         hidden = mixer_step(block.mixer, block.input_layernorm, hidden, place, layer, mode)
         if block.mlp is not None:
             hidden = mlp_step(block.mlp, block.post_attention_layernorm, hidden)
@@ -171,12 +187,12 @@ def blocks_of(backbone: "TransMambaModel") -> "list[TransMambaDecoderLayer]":
     return [cast("TransMambaDecoderLayer", block) for block in backbone.layers]
 
 
-def step_place(backbone: "TransMambaModel", static: StaticCache, phase: Phase) -> StepPlace:
+def step_place(backbone: "TransMambaModel", static: StaticCache, modes: Sequence[LayerMode], places: int) -> StepPlace:
     """Positions of a step, and the rotary tables there if a layer reads them."""
-    rotates = backbone.config.ssm_rope or any(mode is not LayerMode.SSM for mode in phase.modes)
+    rotates = backbone.config.ssm_rope or any(mode is not LayerMode.SSM for mode in modes)
     tables = rotary_tables(backbone, static.positions[:, None]) if rotates else None
     cos, sin = (None, None) if tables is None else tables
-    return StepPlace(positions=static.positions, places=phase.places, cos=cos, sin=sin)
+    return StepPlace(positions=static.positions, places=places, cos=cos, sin=sin)
 
 
 def rotary_tables(backbone: "TransMambaModel", positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -242,11 +258,13 @@ class Decoder:
         """One token of every row of a cache: logits (batch, vocab_size)."""
         assert cache.lengths is not None
         assert cache.planned_length is not None
-        session = self._home(cache)
-        if session is None:
-            session = self.session(backbone, head, mixers, len(cache.lengths), cache.planned_length)
-            cache.enter_static(session.static)
-        logits = session.step(tokens)
+        # What is written here again and again must be no tensor of inference mode, which only that mode may write.
+        with torch.inference_mode(False), torch.no_grad():
+            session = self._home(cache)
+            if session is None:
+                session = self.session(backbone, head, mixers, len(cache.lengths), cache.planned_length)
+                cache.enter_static(session.static)
+            logits = session.step(tokens)
         cache.advance([1] * len(tokens), 1)
         return logits
 
