@@ -26,6 +26,7 @@ OPS = (
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
 UNPROVEN = (
     "attention_step",
+    "causal_conv1d",
     "conv_ssd_step",
     "logit_distillation",
     "selective_scan",

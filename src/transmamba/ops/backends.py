@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "attention_step": ("reference", "torch", "triton"),
-    "causal_conv1d": ("reference", "torch"),
+    "causal_conv1d": ("reference", "torch", "triton"),
     "conv_ssd_step": ("reference", "torch", "triton"),
     "hybrid_mixer": ("reference", "torch", "triton"),
     "logit_distillation": ("reference", "torch", "triton"),
@@ -36,6 +36,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 # on one; until then backend="triton" asks for it.
 _UNPROVEN = (
     "attention_step",
+    "causal_conv1d",
     "conv_ssd_step",
     "logit_distillation",
     "selective_scan",
