@@ -220,7 +220,8 @@ def largest_batch(
     channels = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     each = 0
     for point in schedule:
-        places = options.context if point is None else min(point, options.context)
+        switched = point is not None and point < options.context - options.steps - 2  # and stores no keys any more
+        places = 0 if switched else options.context if point is None else min(point, options.context)
         each += places * width + (c.conv_kernel + 32 * (0 not in list(schedule))) * channels * 2
         each += 0 if point is None else places * 4 * c.num_state_heads + 4 * c.num_state_heads * c.head_dim**2
     fits = int((0.97 * ROOM - weights) / each)

@@ -21,7 +21,7 @@ def test_generation_meets_nothing_new_after_warming_up(monkeypatch: pytest.Monke
     model.decoder = Decoder(run_eagerly)
     recorded = warm_up(model, batch_sizes=(1, 3), max_length=33)
     sessions = dict(model.decoder.sessions)
-    assert sorted(sessions) == [(1, 32), (4, 32)]
+    assert sorted(sessions) == [(1, 32, 0), (4, 32, 0)]
     assert recorded == sum(len(session.steps) for session in sessions.values()) > 6
     for batch in (1, 3, 1):
         model.generate(tokens(batch, 3), max_new_tokens=30, do_sample=False, pad_token_id=0)

@@ -202,6 +202,19 @@ def test_a_row_longer_than_planned_goes_on_growing() -> None:
     assert relative_rms_error(torch.cat(found, dim=1), exact) < BOUND
 
 
+def test_layers_that_every_row_has_left_store_no_keys() -> None:
+    model = tiny_model(torch.float64, trans_points=[5, 9, None]).requires_grad_(False)
+    for prompt_length, stored in ((5, [5, 9, 256]), (6, [0, 9, 256]), (9, [0, 9, 256]), (10, [0, 0, 256])):
+        decoder = assert_same(model, tokens(2, prompt_length))
+        (session,) = decoder.sessions.values()
+        assert [0 if x.keys is None else x.keys.shape[1] for x in session.static.layers] == stored
+    ids, mask = padded(documents(12, 5), "left")
+    decoder = assert_same(model, ids, attention_mask=mask)
+    (before,) = decoder.sessions.values()
+    assert_same(model, tokens(2, 11), decoder)  # storage of more serves as well
+    assert list(decoder.sessions.values()) == [before]
+
+
 def test_inference_mode_and_none_may_alternate() -> None:
     model, ids = tiny_model(torch.float64).requires_grad_(False), tokens(2, 5)
     decoder = Decoder(run_eagerly)
@@ -235,7 +248,7 @@ def test_warming_up_records_every_phase_of_equal_rows(monkeypatch: pytest.Monkey
 
     decoder = Decoder(record)
     session = decoder.session(model.model, model.lm_head, model.model._mixers(), 2, 40)
-    decoder.kept.add((2, 40))
+    decoder.keep(session)
     assert session.warm_up(40) == len(session.steps) == len(recorded)
     assert_same(model, tokens(2, 3), decoder, max_new_tokens=37)
     assert list(decoder.sessions.values()) == [session]

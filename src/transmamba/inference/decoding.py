@@ -90,7 +90,10 @@ def measure_steps(
         torch.cuda.reset_peak_memory_stats(device)
     points = [mixer.trans_point for mixer in mixers]
     configs = [mixer.config for mixer in mixers]
-    static = StaticCache(configs, points, rows=batch, capacity=context, dtype=model.dtype, device=device)
+    begin = context - steps - 2
+    static = StaticCache(
+        configs, points, rows=batch, capacity=context, dtype=model.dtype, device=device, shortest=begin
+    )
     fill_with_noise(static)
     capture: Capture = CudaGraphs() if is_cuda else run_eagerly
     session = DecodeSession(model.model, model.lm_head, static, capture)
@@ -98,7 +101,7 @@ def measure_steps(
     times: list[float] = []
     loops: list[float] = []
     for number in range(rounds):
-        static.place([context - steps - 2] * batch)
+        static.place([begin] * batch)
         for _ in range(2):  # compiled and recorded in the first round
             tokens = session.step(tokens).argmax(dim=-1)
         singles = time_each(session, tokens, steps // 2)

@@ -58,11 +58,14 @@ class StaticLayer:
         rows: int,
         capacity: int,
         rewind: int,
+        shortest: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "StaticLayer":
         c = config
         places = capacity if trans_point is None else min(trans_point, capacity)
+        if trans_point is not None and trans_point < shortest:  # every row is a state already
+            places = 0
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -138,6 +141,7 @@ class StaticCache:
 
     positions: (rows,), the position of each row's next token, on the device; lengths: the same on the host, which knows
     them without asking. Rows beyond the batch are copies of nothing that stand where row 0 stands.
+    shortest: no row has fewer tokens, so layers whose TransPoint lies below it store no keys and values.
     """
 
     def __init__(
@@ -149,13 +153,14 @@ class StaticCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        shortest: int = 0,
     ) -> None:
         rewind = 0 if 0 in trans_points else REWIND
         self.layers = [
-            StaticLayer.make(config, point, rows, capacity, rewind, dtype, device)
+            StaticLayer.make(config, point, rows, capacity, rewind, shortest, dtype, device)
             for config, point in zip(configs, trans_points, strict=True)
         ]
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity, self.shortest = rows, capacity, shortest
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
         self._holder: weakref.ref[TransMambaCache] | None = None

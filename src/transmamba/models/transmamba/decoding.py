@@ -212,20 +212,31 @@ class Decoder:
 
     def __init__(self, capture: Capture | None = None, *, enabled: bool = True) -> None:
         self.capture, self.enabled = capture, enabled
-        self.sessions: dict[tuple[int, int], DecodeSession] = {}
-        self.kept: set[tuple[int, int]] = set()  # sessions that warm_up has made stay
+        self.sessions: dict[tuple[int, int, int], DecodeSession] = {}  # by rows, capacity and shortest row
+        self.kept: set[tuple[int, int, int]] = set()  # sessions that warm_up has made stay
 
     def session(
-        self, backbone: "TransMambaModel", head: nn.Linear, mixers: Sequence[TransMambaMixer], batch: int, length: int
+        self,
+        backbone: "TransMambaModel",
+        head: nn.Linear,
+        mixers: Sequence[TransMambaMixer],
+        batch: int,
+        length: int,
+        shortest: int = 0,
     ) -> DecodeSession:
-        """The session for `batch` rows of up to `length` tokens; others are given up unless they were warmed up."""
-        key = (rounded_batch(batch), rounded_length(length))
-        found = self.sessions.get(key)
+        """The session for `batch` rows of `shortest` to `length` tokens; others are given up unless warmed up."""
         weights = addresses(backbone, head)
         points = [mixer.trans_point for mixer in mixers]
-        if found is not None and found.weights == weights and [x.trans_point for x in found.static.layers] == points:
-            return found
-        for other in [other for other in self.sessions if other == key or other not in self.kept]:
+        switched = max([point + 1 for point in points if point is not None and point < shortest], default=0)
+        key = (rounded_batch(batch), rounded_length(length), switched)
+        stale = []
+        for other, found in self.sessions.items():
+            fits = found.weights == weights and [x.trans_point for x in found.static.layers] == points
+            if fits and other[:2] == key[:2] and other[2] <= switched:
+                return found
+            if not fits or other not in self.kept:
+                stale.append(other)
+        for other in stale:
             holder = self.sessions.pop(other).static.holder()
             if holder is not None:
                 holder.leave_static()
@@ -237,6 +248,7 @@ class Decoder:
             capacity=key[1],
             dtype=parameter.dtype,
             device=parameter.device,
+            shortest=switched,
         )
         if self.capture is None:
             self.capture = CudaGraphs()
@@ -245,7 +257,7 @@ class Decoder:
 
     def keep(self, session: DecodeSession) -> None:
         """Do not give this session up when another batch size or length comes."""
-        self.kept.add((session.static.rows, session.static.capacity))
+        self.kept.add((session.static.rows, session.static.capacity, session.static.shortest))
 
     def step(
         self,
@@ -262,7 +274,8 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad():
             session = self._home(cache)
             if session is None:
-                session = self.session(backbone, head, mixers, len(cache.lengths), cache.planned_length)
+                lengths, longest = cache.lengths, cache.planned_length
+                session = self.session(backbone, head, mixers, len(lengths), longest, min(lengths))
                 cache.enter_static(session.static)
             logits = session.step(tokens)
         cache.advance([1] * len(tokens), 1)
