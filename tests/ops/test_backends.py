@@ -11,7 +11,9 @@ from transmamba.ops import backends, explain
 from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
 OPS = (
+    "attention_step",
     "causal_conv1d",
+    "conv_ssd_step",
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",
@@ -19,9 +21,18 @@ OPS = (
     "softmax_attention",
     "ssd_scan",
     "ssd_step",
+    "step_linear",
 )
 KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
-UNPROVEN = ("logit_distillation", "selective_scan")  # kernels that no card has run yet
+UNPROVEN = (
+    "attention_step",
+    "causal_conv1d",
+    "conv_ssd_step",
+    "logit_distillation",
+    "selective_scan",
+    "ssd_step",
+    "step_linear",
+)  # kernels that no card has run yet
 
 
 class OnCuda:
@@ -124,3 +135,13 @@ def test_a_named_backend_is_taken_and_another_refused(op: str) -> None:
     assert resolve_backend(op, "reference") == "reference"
     with pytest.raises(InputError, match=f"{op} has no backend 'fast'; choose 'reference' or 'torch'.*, or None"):
         resolve_backend(op, "fast")
+
+
+def test_trusted_kernels_are_chosen_while_they_are_trusted(an_h100: None) -> None:
+    with backends.trust_kernels("ssd_step"):
+        assert resolve_backend("ssd_step", None, OnCuda()) == "triton"
+        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
+        with backends.trust_kernels():
+            assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "triton"
+        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
+    assert resolve_backend("ssd_step", None, OnCuda()) == "torch"

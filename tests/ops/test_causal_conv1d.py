@@ -1,6 +1,7 @@
 """causal_conv1d against torch's own convolution, with its past as a state."""
 
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn.functional import conv1d, pad, silu
 
 from tests.helpers import DEVICE, relative_rms_error
 from tests.ops.cases import FAULT_FACTOR, FP64_BOUND, Inputs, gradients, in_double, rounding, worst_error
+from tests.ops.kernels import needs_triton
+from transmamba.errors import InputError
 from transmamba.ops import causal_conv1d
 from transmamba.ops.causal_conv1d import causal_conv1d_reference, causal_conv1d_torch
 
@@ -18,6 +21,15 @@ BACKENDS = ("reference", "torch")
 CHANNELS = 5
 convolve = partial(causal_conv1d, return_final_state=True)
 BORDERS = {"uneven": [0, 0, 1, 3, 3, 10, 17, 17], "single tokens": [0, 1, 2, 3], "nothing": [0, 0, 0], "one": [0, 9]}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 tokens and 4 channels, so that small rows cross several."""
+    if "the_kernels" in request.node.name and DEVICE.type == "cpu":
+        module = import_module("transmamba.ops.causal_conv1d.triton")
+        monkeypatch.setattr(module, "BLOCK_T", 16)
+        monkeypatch.setattr(module, "BLOCK_C", 4)
 
 
 def conv_inputs(
@@ -166,3 +178,79 @@ def test_the_bounds_would_show_a_wrong_convolution(fault: str) -> None:
     exact, _ = oracle_conv(**inputs, cu_seqlens=borders)
     wrong, _ = oracle_conv(**inputs, cu_seqlens=borders, fault=fault)
     assert relative_rms_error(wrong, exact) > FAULT_FACTOR * bound_of(torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("state", [False, True], ids=["zeros", "state"])
+@pytest.mark.parametrize("kernel", [1, 2, 4, 7])
+@pytest.mark.parametrize("form", [1, 3, 40, *BORDERS], ids=str)
+def test_the_kernels_agree_in_values_and_gradients(
+    form: int | str, kernel: int, state: bool, activation: str | None
+) -> None:
+    borders = BORDERS[form] if isinstance(form, str) else None
+    shape = {"seq_len": form} if borders is None else {"batch": 1, "seq_len": borders[-1], "rows": len(borders) - 1}
+    inputs = conv_inputs(**shape, kernel=kernel, state=state, bias=state, dtype=torch.float32)
+    options = {"cu_seqlens": borders, "activation": activation}
+    bound = 2**-24 * 4 * (kernel + shape["seq_len"] ** 0.5 + 4)  # sums over taps, and over tokens in the gradients
+    assert (
+        worst_error(convolve(**inputs, **options, backend="triton"), oracle_conv(**in_double(inputs), **options))
+        < bound
+    )
+    found = gradients(convolve, inputs, **options, backend="triton")
+    assert worst_error(found, gradients(oracle_conv, in_double(inputs), **options)) < bound
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_round_narrow_inputs_once(dtype: torch.dtype) -> None:
+    inputs = conv_inputs(seq_len=70, dtype=dtype)
+    y, state = convolve(**inputs, activation="silu", backend="triton")
+    exact_y, exact_state = oracle_conv(**in_double(inputs), activation="silu")
+    assert relative_rms_error(y, exact_y) < 2 * rounding(dtype) + 1e-6  # the interpreter cuts bf16 off
+    assert torch.equal(state.double(), exact_state)
+    found = gradients(convolve, inputs, activation="silu", backend="triton")
+    assert worst_error(found, gradients(oracle_conv, in_double(inputs), activation="silu")) < 6 * rounding(dtype)
+
+
+@needs_triton
+def test_the_kernels_read_slices_and_refuse_many_taps() -> None:
+    inputs = conv_inputs(dtype=torch.float32)
+    wide = torch.randn(2, 11, 3 * CHANNELS, device=DEVICE)
+    given = inputs | {"x": wide[..., CHANNELS : 2 * CHANNELS]}
+    assert worst_error(convolve(**given, backend="triton"), oracle_conv(**in_double(given))) < 1e-6
+    assert causal_conv1d(**conv_inputs(batch=0, dtype=torch.float32), backend="triton").shape == (0, 11, CHANNELS)
+    with pytest.raises(InputError, match="no kernel for 9 taps, at most 8"):
+        causal_conv1d(**conv_inputs(kernel=9, dtype=torch.float32), backend="triton")
+
+
+@needs_triton
+def test_the_kernels_are_ops_of_torch() -> None:
+    from transmamba.ops.causal_conv1d.triton import causal_conv1d_op
+
+    inputs = conv_inputs(dtype=torch.float32)
+    given = (inputs["x"], inputs["weight"], inputs["bias"], inputs["initial_state"], None, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(causal_conv1d_op, given, test_utils=checks)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("borders", [None, [0, 1, 3, 3, 1000, 4097]], ids=["dense", "packed"])
+def test_long_rows_of_many_channels_on_a_card(borders: list[int] | None, dtype: torch.dtype) -> None:
+    rows, batch = (5, 1) if borders else (3, 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    inputs = {"x": normal(batch, 4097, 1000), "weight": normal(1000, 4) / 2, "bias": normal(1000)}
+    inputs["initial_state"] = normal(rows, 3, 1000)
+    options = {"activation": "silu", "cu_seqlens": borders}
+    plain = partial(convolve, backend="torch")
+    found = [gradients(convolve, inputs, **options, backend="triton") for _ in range(5)]
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+    assert worst_error(found[0], gradients(plain, in_double(inputs), **options)) < 4 * rounding(dtype) + 1e-5
+    exact = plain(**in_double(inputs), **options)
+    assert worst_error(convolve(**inputs, **options, backend="triton"), exact) < rounding(dtype) + 1e-6

@@ -1,6 +1,7 @@
-"""Using trained models: loading, writing text, measuring speed."""
+"""Using trained models: loading, writing text, warming up, measuring speed."""
 
 from .checkpoint import load_checkpoint, load_language_model
+from .decoding import StepTiming, measure_steps, warm_up
 from .device import resolve_device
 from .generation import Continuation, continue_prompt
 from .speed import SpeedPoint, measure_speed
@@ -10,6 +11,7 @@ __all__ = [
     "PACKAGED_ENCODERS",
     "Continuation",
     "SpeedPoint",
+    "StepTiming",
     "continue_prompt",
     "embed_texts",
     "find_text_encoder",
@@ -17,5 +19,7 @@ __all__ = [
     "load_language_model",
     "load_text_encoder",
     "measure_speed",
+    "measure_steps",
     "resolve_device",
+    "warm_up",
 ]

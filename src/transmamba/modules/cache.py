@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from transmamba.errors import CacheError
+from transmamba.modules.static_cache import REWIND, StaticCache
 
 BLOCK = 64  # tokens that storage grows by: copying it every 64 steps costs 2 % of reading it 64 times
-REWIND = 32  # tokens that crop can take back where the convolution's inputs have to be kept for it
 
 
 class TransMambaLayerCache(CacheLayerMixin):
@@ -173,11 +173,39 @@ class TransMambaCache(Cache):
     """
 
     def __init__(self, trans_points: Sequence[int | None], conv_kernels: Sequence[int]) -> None:
+        self._static: StaticCache | None = None
         layers = [TransMambaLayerCache(point, kernel) for point, kernel in zip(trans_points, conv_kernels, strict=True)]
         super().__init__(layers=layers)
         self.trans_points = list(trans_points)
         self.lengths: list[int] | None = None  # tokens of each row, padding not counted
         self.columns = 0  # columns of the batch so far, padding counted
+        self.planned_length: int | None = None  # tokens a row will have at most, where generation has said so
+
+    @property
+    def layers(self) -> list[TransMambaLayerCache]:
+        """What each layer remembers; while decoding runs at fixed addresses, copies are made of what lies there."""
+        self.leave_static()
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: list[TransMambaLayerCache]) -> None:
+        self._layers = layers
+
+    def enter_static(self, static: StaticCache) -> None:
+        """Live at fixed addresses from now on, until something is asked that needs storage of its own."""
+        if self._static is not static:
+            static.load(self)
+            self._static = static
+
+    def leave_static(self) -> None:
+        """Go back to storage of its own, which can grow."""
+        static, self._static = self._static, None
+        if static is not None:
+            static.unload(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.leave_static()  # copies and pickles are of what is stored, not of where
+        return self.__dict__
 
     @property
     def rewind(self) -> int:
@@ -232,6 +260,7 @@ class TransMambaCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the schedule stays."""
+        self._static = None
         self.lengths, self.columns = None, 0
         for layer in self.layers:
             layer.reset()

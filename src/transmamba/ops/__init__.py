@@ -1,8 +1,10 @@
 """Mathematics with a contract: each op is a folder with a public function, its reference and its fast forms."""
 
+from .attention_step import attention_step
 from .backends import BackendChoice, explain
 from .causal_conv1d import causal_conv1d
 from .checks import check_values
+from .conv_ssd_step import conv_ssd_step
 from .hybrid_mixer import hybrid_mixer
 from .logit_distillation import LogitLosses, logit_distillation
 from .memory_converter import memory_converter
@@ -11,13 +13,16 @@ from .selective_scan import selective_scan
 from .softmax_attention import softmax_attention
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
+from .step_linear import step_linear
 
 __all__ = [
     "BackendChoice",
     "LogitLosses",
     "apply_rotary",
+    "attention_step",
     "causal_conv1d",
     "check_values",
+    "conv_ssd_step",
     "explain",
     "hybrid_mixer",
     "logit_distillation",
@@ -26,4 +31,5 @@ __all__ = [
     "softmax_attention",
     "ssd_scan",
     "ssd_step",
+    "step_linear",
 ]

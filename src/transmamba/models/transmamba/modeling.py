@@ -34,11 +34,10 @@ from transmamba.ops.checks import check_finite, values_are_checked
 from transmamba.schedule import TransPointSchedule
 
 from .configuration import TransMambaConfig
+from .decoding import LENGTH_DEPENDENT_ROPE, Decoder, announce, obstacle
 from .initial_values import apply_initial_value, find_initial_value, initial_values
 
 logger = logging.getLogger(__name__)
-
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class TransMambaPreTrainedModel(PreTrainedModel):
@@ -203,13 +202,17 @@ class TransMambaModel(TransMambaPreTrainedModel):
         return given
 
     def _learned_positions(self, layout: TokenLayout) -> Tensor:
+        self.check_learned_positions(layout.longest)
+        return layout.positions()
+
+    def check_learned_positions(self, longest: int) -> None:
+        """Raise InputError where positions are learned and a document is longer than they reach."""
         room = self.config.max_position_embeddings
-        if layout.longest > room:
+        if self.embed_positions is not None and longest > room:
             raise InputError(
-                f"a document has {layout.longest} tokens and this model learned {room} positions; "
+                f"a document has {longest} tokens and this model learned {room} positions; "
                 f"give at most {room}, or cut the document."
             )
-        return layout.positions()
 
     def _rotary(self, hidden: Tensor, layout: TokenLayout) -> RotaryTables | None:
         if self.rotary_emb is None:
@@ -256,6 +259,7 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
         self.model = TransMambaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder = Decoder()
         self.post_init()
 
     def set_trans_points(self, schedule: Sequence[int | None] | str) -> TransPointSchedule:
@@ -288,6 +292,10 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             positions given.
         The rest as in TransMambaModel.forward.
         """
+        if input_ids is not None and labels is None and attention_mask is None and not output_hidden_states:
+            stepped = self._recorded_step(input_ids, past_key_values)
+            if stepped is not None:
+                return CausalLMOutputWithPast(logits=stepped, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -310,8 +318,53 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
+    def _recorded_step(self, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
+        """Logits (batch, 1, vocab_size) where generation goes on by one token and can be recorded, else None."""
+        if not isinstance(cache, TransMambaCache) or cache.planned_length is None or input_ids.shape[1] != 1:
+            return None
+        if not cache.lengths or min(cache.lengths) == 0 or max(cache.lengths) >= cache.planned_length:
+            return None
+        if torch.is_grad_enabled() or self.training or self.config.output_hidden_states:
+            return None
+        checked = self.model._cache(cache, True)
+        if checked is None or len(cache.lengths) != len(input_ids):
+            return None
+        self.model.check_learned_positions(max(cache.lengths) + 1)
+        return self.decoder.step(self.model, self.lm_head, self.model._mixers(), cache, input_ids[:, 0])[:, None]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own; a token behind a cache has no padding, so its mask is left out rather than read."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        cache, ids = past_key_values, inputs.get("input_ids")
+        behind = isinstance(cache, TransMambaCache) and cache.planned_length is not None and cache.columns > 0
+        if behind and ids is not None and ids.shape[1] == 1:
+            inputs["attention_mask"] = None
+        return cast(dict[str, Any], inputs)
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         if generation_config.use_cache is False:
             return
@@ -322,6 +375,14 @@ class TransMambaForCausalLM(TransMambaPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.make_cache()
+        cache = model_kwargs["past_key_values"]
+        if isinstance(cache, TransMambaCache):
+            rows = batch_size * max(1, generation_config.num_return_sequences or 1)
+            wanted = self.decoder.wanted_on(self.device)
+            reason = obstacle(self, self.model, batch=rows, beams=generation_config.num_beams or 1) if wanted else ""
+            if reason:
+                announce(reason)
+            cache.planned_length = max_cache_length if wanted and not reason else None
 
 
 class TransMambaRotaryEmbedding(LlamaRotaryEmbedding):

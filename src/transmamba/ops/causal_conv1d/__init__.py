@@ -56,6 +56,25 @@ def causal_conv1d(
     check_tensors(op, {"x": x, "weight": weight} | optional)
     if validate and values_are_checked(x):
         check_finite(op, {"x": x, "weight": weight} | optional)
-    implementation = causal_conv1d_reference if resolve_backend(op, backend) == "reference" else causal_conv1d_torch
+    name = resolve_backend(op, backend, x, size=0)
+    if name == "triton":
+        from .triton import MAX_KERNEL, causal_conv1d_triton
+
+        if weight.shape[1] <= MAX_KERNEL:
+            y, state = causal_conv1d_triton(
+                x,
+                weight,
+                bias,
+                activation=activation,
+                initial_state=initial_state,
+                cu_seqlens=borders,
+                final_state=return_final_state,
+            )
+            return (y, state) if return_final_state else y
+        if backend is not None:
+            raise InputError(
+                f"{op} has no kernel for {weight.shape[1]} taps, at most {MAX_KERNEL}; pass backend='torch', or None."
+            )
+    implementation = causal_conv1d_reference if name == "reference" else causal_conv1d_torch
     y, state = implementation(x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=borders)
     return (y, state) if return_final_state else y

@@ -1,0 +1,386 @@
+"""Time decode steps under CUDA graphs: V9 with every layer switched beside the Transformer schedule, 1.5B, 32,768.
+
+    python benchmarks/models/bench_decode.py
+    python benchmarks/models/bench_decode.py --kernels plain --batch 1,8
+
+Weights are drawn, caches are filled with noise of the right shapes, and steps run at the end of the context. Before
+anything is timed, a small model is truly prefilled, and its recorded steps are compared with fp64 across its switches;
+and every attention is compared with fp64 at the sizes it will have, of which the Transformer schedule gets the fastest.
+kernels: ours, plain (torch's own), or both. Results go to $OUT, or benchmarks/results/, after every line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from transmamba import TransMambaConfig, TransMambaForCausalLM, TransPointSchedule
+from transmamba.inference import measure_steps
+from transmamba.models.transmamba.decoding import Decoder
+from transmamba.ops import attention_step
+from transmamba.ops.backends import trust_kernels
+
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "results")
+ROOM = 110e9  # bytes, the most that weights, cache and the step itself may take
+BOUND = 2**-5  # relative error of bf16 logits after some layers; a lost token is above 1e-1
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available() and not options.dry:
+        sys.exit("bench_decode needs a CUDA device; --dry runs it small on a CPU.")
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    result = provenance(options)
+    with torch.no_grad():
+        measure(options, result, began)
+    print(f"done in {time.perf_counter() - began:.0f} s")
+
+
+def measure(options: argparse.Namespace, result: dict[str, Any], began: float) -> None:
+    kinds = ["plain", "ours"] if options.kernels == "both" else [options.kernels]
+    usable = []
+    for kind in kinds:
+        with kernels(kind):
+            error = tried(lambda: disagreement(options.device))
+        result["checks"][kind] = error
+        print(f"{kind}: logits of recorded steps differ from fp64 by {error}, and {BOUND:.3g} is allowed", flush=True)
+        if isinstance(error, float) and error < BOUND:
+            usable.append(kind)
+    write(result)
+    if not usable:
+        sys.exit("nothing agrees with fp64, so nothing is timed.")
+    if options.device == "cuda":
+        result["copy_tb_s"] = round(copy_bandwidth() / 1e12, 3)
+    model = build(options)
+    weights = sum(x.numel() * x.element_size() for x in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    result["weight_bytes"] = weights
+    if "copy_tb_s" in result:
+        result["weights_ms"] = round(weights / result["copy_tb_s"] / 1e9, 4)
+    print(f"weights {weights / 1e9:.3f} GB, read once in {result.get('weights_ms')} ms", flush=True)
+    schedules = {
+        "v9": TransPointSchedule.named("v9", options.layers, options.trained),
+        "transformer": TransPointSchedule.named("transformer", options.layers),
+    }
+    for batch in options.batch:
+        for kind in usable:
+            run(model, schedules["v9"], "v9", batch, kind, options, result, began)
+    largest = {name: largest_batch(model, schedule, options, weights) for name, schedule in schedules.items()}
+    print(f"largest batches within {ROOM / 1e9:.0f} GB: {largest}", flush=True)
+    result["largest_batch"] = largest
+    for kind in usable:
+        run(model, schedules["v9"], "v9", largest["v9"], kind, options, result, began)
+    for batch in sorted({*options.batch, largest["transformer"]}):
+        attentions = tried(lambda batch=batch: time_attentions(batch, options))
+        print(f"attention of one layer, batch {batch}, ms: {attentions}", flush=True)
+        result["attention_ms"][str(batch)] = attentions
+        write(result)
+        if not isinstance(attentions, dict) or not attentions:
+            continue
+        best = min(attentions, key=lambda name: attentions[name])
+        with replaced_attention(attention_forms()[best]):
+            kind = usable[-1]
+            run(model, schedules["transformer"], f"transformer, {best}", batch, kind, options, result, began)
+    summarise(result)
+    write(result)
+
+
+def run(
+    model: TransMambaForCausalLM,
+    schedule: TransPointSchedule,
+    name: str,
+    batch: int,
+    kind: str,
+    options: argparse.Namespace,
+    result: dict[str, Any],
+    began: float,
+) -> None:
+    """Time one schedule and batch, and write it down."""
+    model.set_trans_points(schedule)
+    free_memory(options.device)
+    with kernels(kind):
+        found = tried(lambda: measure_steps(model, batch=batch, context=options.context, steps=options.steps))
+    row: dict[str, Any] = {
+        "schedule": name,
+        "kernels": kind,
+        "batch": batch,
+        "seconds": round(time.perf_counter() - began),
+    }
+    if isinstance(found, str):
+        row["failure"] = found
+        print(f"  {name:24s} {kind:6s} batch {batch:5d}  FAILED {found}", flush=True)
+    else:
+        row |= asdict(found) | {"tokens_per_second": round(found.tokens_per_second, 1)}
+        if "weights_ms" in result:
+            row["over_weights"] = round(found.step_ms / result["weights_ms"], 3)
+        print(
+            f"  {name:24s} {kind:6s} batch {batch:5d}  step {found.step_ms:8.3f} ms  loop {found.loop_ms:8.3f} ms  "
+            f"{found.tokens_per_second:10,.0f} tokens/s  {row.get('over_weights')} x weights  cache "
+            f"{found.cache_bytes / 1e9:.2f} GB  peak {(found.peak_bytes or 0) / 1e9:.1f} GB",
+            flush=True,
+        )
+    result["rows"].append(row)
+    write(result)
+
+
+def summarise(result: dict[str, Any]) -> None:
+    """The numbers that targets are set in."""
+    rows = [row for row in result["rows"] if "failure" not in row]
+
+    def best(schedule: str, batch: int, field: str = "tokens_per_second") -> float | None:
+        return max(
+            (row[field] for row in rows if row["schedule"].startswith(schedule) and row["batch"] == batch), default=None
+        )
+
+    largest = result["largest_batch"]
+    pairs = {"batch 8": (8, 8), "largest": (largest["v9"], largest["transformer"])}
+    for name, (ours, theirs) in pairs.items():
+        a, b = best("v9", ours), best("transformer", theirs)
+        result["summary"][name] = None if a is None or b is None else round(a / b, 2)
+    alone = [
+        row["over_weights"] for row in rows if row["batch"] == 1 and row["schedule"] == "v9" and "over_weights" in row
+    ]
+    result["summary"]["batch 1, over the time of reading weights"] = min(alone, default=None)
+    print(f"tokens/s of v9 over the Transformer's, and batch 1: {result['summary']}", flush=True)
+
+
+def disagreement(device: str) -> float:
+    """Relative error of recorded steps' logits against fp64, over rows that cross TransPoints while decoding."""
+    config = TransMambaConfig(
+        vocab_size=512,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        trans_points=[0, 70, 45, None],
+    )
+    torch.manual_seed(1)
+    model = TransMambaForCausalLM(config).to(device, torch.bfloat16).eval()
+    ids = torch.randint(1, 512, (3, 60), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :15], mask[2, :40] = 0, 0
+    if device == "cpu":
+        model.decoder = Decoder(import_module("transmamba.models.transmamba.decoding").run_eagerly)
+    given = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    outs = [model.generate(ids, return_dict_in_generate=True, **given) for _ in range(2)]
+    if not torch.equal(outs[0].sequences, outs[1].sequences):
+        raise RuntimeError("two runs of recorded steps wrote different tokens")
+    if not model.decoder.sessions:
+        raise RuntimeError("no step was recorded")
+    out = outs[1]
+    whole = torch.cat([mask, torch.ones_like(out.sequences[:, 60:])], dim=1)
+    exact = model.double()(out.sequences, attention_mask=whole, use_cache=False).logits[:, 59:-1]
+    found = torch.stack(out.logits, dim=1).double()
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def build(options: argparse.Namespace) -> TransMambaForCausalLM:
+    config = TransMambaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=options.mlp,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        max_position_embeddings=options.trained,
+        trans_points="transformer",
+    )
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(options.device):
+            return TransMambaForCausalLM(config).to(options.device).eval()
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def largest_batch(
+    model: TransMambaForCausalLM, schedule: TransPointSchedule, options: argparse.Namespace, weights: int
+) -> int:
+    """Rows whose caches fill what is left beside the weights, and 3 % for the step itself."""
+    c = model.config
+    width = 2 * c.num_key_value_heads * c.head_dim * 2
+    channels = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    each = 0
+    for point in schedule:
+        switched = point is not None and point < options.context - options.steps - 2  # and stores no keys any more
+        places = 0 if switched else options.context if point is None else min(point, options.context)
+        each += places * width + (c.conv_kernel + 32 * (0 not in list(schedule))) * channels * 2
+        each += 0 if point is None else places * 4 * c.num_state_heads + 4 * c.num_state_heads * c.head_dim**2
+    fits = int((0.97 * ROOM - weights) / each)
+    fits = min(fits, options.most)
+    return max(1, fits if fits < 32 else fits // 16 * 16)
+
+
+def attention_forms() -> dict[str, Attention]:
+    """Ways to attend from one token; all but the first two read every place, as rows at the end of a context do."""
+
+    def exactly(*backends: SDPBackend) -> Attention:
+        def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+            k, v = keys.transpose(1, 2), values.transpose(1, 2)
+            with sdpa_kernel(list(backends)):
+                return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=k.shape[1] != q.shape[1])[:, :, 0]
+
+        return attend
+
+    def named(backend: str) -> Attention:
+        return lambda q, keys, values, lengths: attention_step(q, keys, values, lengths, backend=backend)
+
+    return {
+        "ours": named("triton"),
+        "masked": named("torch"),
+        "flash": exactly(SDPBackend.FLASH_ATTENTION),
+        "cudnn": exactly(SDPBackend.CUDNN_ATTENTION),
+        "efficient": exactly(SDPBackend.EFFICIENT_ATTENTION),
+        "math": exactly(SDPBackend.MATH),
+    }
+
+
+def time_attentions(batch: int, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of each attention of one layer that agrees with fp64."""
+    free_memory(options.device)
+    size = options.hidden // options.heads
+    shape, dtype = (batch, options.context, options.heads, size), torch.bfloat16
+    keys, values = (torch.randn(shape, device=options.device, dtype=dtype) for _ in range(2))
+    q = torch.randn(batch, options.heads, size, device=options.device, dtype=dtype)
+    lengths = torch.full((batch,), options.context, device=options.device)
+    row = slice(0, 1)
+    exact = attention_step(*(x[row].double() for x in (q, keys, values)), lengths[row], backend="torch")
+    found = {}
+    for name, attend in attention_forms().items():
+        y = tried(lambda attend=attend: attend(q, keys, values, lengths))
+        error = y if isinstance(y, str) else ((y[row].double() - exact).norm() / exact.norm()).item()
+        if not isinstance(error, float) or not error < 2**-6:
+            print(f"    {name} is left out: {error}", flush=True)
+            continue
+        found[name] = round(median_ms(lambda attend=attend: attend(q, keys, values, lengths), options.device), 4)
+    return found
+
+
+@contextmanager
+def replaced_attention(attend: Attention) -> Iterator[None]:
+    """Within, steps attend in this way."""
+    module = import_module("transmamba.modules.decoding")
+    before = module.attention_step
+    module.attention_step = attend
+    try:
+        yield
+    finally:
+        module.attention_step = before
+
+
+def kernels(kind: str) -> Any:
+    return trust_kernels() if kind == "ours" else nullcontext()
+
+
+def tried(call: Callable[[], Any]) -> Any:
+    """What the call returns, or what it raised, in one line: a benchmark goes on to its other rows."""
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def median_ms(call: Callable[[], Any], device: str, repeats: int = 20) -> float:
+    for _ in range(3):
+        call()
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    source = torch.randint(127, (2**31,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), "cuda") * 1e3
+
+
+def free_memory(device: str) -> None:
+    if device == "cuda":
+        import gc
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def provenance(options: argparse.Namespace) -> dict[str, Any]:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if options.device == "cuda":
+        versions["triton"] = import_module("triton").__version__
+    return {
+        "benchmark": "models/bench_decode",
+        "command": f"python {' '.join(['benchmarks/models/bench_decode.py', *sys.argv[1:]])}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "versions": versions,
+        "dtype": "bfloat16, states float32",
+        "sizes": {
+            name: getattr(options, name) for name in ("layers", "hidden", "mlp", "heads", "vocab", "context", "trained")
+        },
+        "milliseconds": "step: median of single replayed steps between events; loop: a greedy loop by the clock",
+        "checks": {},
+        "attention_ms": {},
+        "rows": [],
+        "summary": {},
+    }
+
+
+def write(result: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    device = result["device"].removeprefix("NVIDIA ").split()[0].lower()
+    path = RESULTS / f"decode_{device}_{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", choices=["both", "ours", "plain"], default="both")
+    parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
+    parser.add_argument("--most", type=int, default=10_000, help="rows of the largest batch at most")
+    parser.add_argument("--steps", type=int, default=32, help="timed in each of three rounds")
+    parser.add_argument("--dry", action="store_true", help="small, on a CPU, to see that it runs")
+    options = parser.parse_args()
+    big = {"layers": 64, "hidden": 1536, "mlp": 4096, "heads": 16, "vocab": 32_000, "context": 32_768, "trained": 8192}
+    small = {"layers": 3, "hidden": 32, "mlp": 48, "heads": 2, "vocab": 64, "context": 96, "trained": 64}
+    for name, value in (small if options.dry else big).items():
+        setattr(options, name, value)
+    options.device = "cpu" if options.dry else "cuda"
+    if options.dry:
+        options.most, options.steps = 16, 8
+    return options
+
+
+if __name__ == "__main__":
+    main()

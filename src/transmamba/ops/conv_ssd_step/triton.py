@@ -1,0 +1,115 @@
+"""conv_ssd_step on a GPU, as an op of torch that changes state and ring."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels
+
+BLOCK_P = 32  # columns of a state per program: a batch of one with 16 heads of 96 is then 48 programs
+
+
+def conv_ssd_step_triton(
+    state: Tensor,
+    ring: Tensor | None,
+    positions: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:
+    """Return y and leave state and ring advanced; see conv_ssd_step."""
+    return conv_ssd_step_op(state, ring, positions, q, k, v, dt, z, weight, bias, dt_bias, A_log, D)
+
+
+@torch.library.custom_op(
+    "transmamba::conv_ssd_step",
+    mutates_args=("state", "ring"),
+    schema="(Tensor(a!) state, Tensor(b!)? ring, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor? z, "
+    "Tensor? weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D) -> Tensor",
+)
+def conv_ssd_step_op(
+    state: Tensor,
+    ring: Tensor | None,
+    positions: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:
+    q, k, v, dt = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dt))
+    z = None if z is None else z if z.stride(-1) == 1 else z.contiguous()
+    rows, state_heads, n, p = state.shape
+    heads, key_heads = q.shape[1] // n, k.shape[1] // n
+    y = q.new_empty(rows, heads * p)
+    if y.numel() == 0:
+        return y
+    block_p, block_n = min(BLOCK_P, triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    kernels.conv_step_kernel[(rows * state_heads, -(-p // block_p))](
+        state,
+        state if ring is None else ring,
+        positions,
+        q,
+        k,
+        v,
+        dt,
+        q if z is None else z,
+        q if weight is None else weight.contiguous(),
+        q if bias is None else bias,
+        dt_bias,
+        A_log,
+        D,
+        y,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        dt.stride(0),
+        0 if z is None else z.stride(0),
+        y.stride(0),
+        0 if ring is None else ring.stride(0),
+        0 if ring is None else ring.stride(1),
+        1 if ring is None else ring.shape[1],
+        state_heads,
+        key_heads,
+        n,
+        p,
+        READERS=heads // state_heads,
+        KERNEL=0 if weight is None else weight.shape[1],
+        HAS_BIAS=bias is not None,
+        HAS_GATE=z is not None,
+        BLOCK_N=block_n,
+        BLOCK_P=block_p,
+        num_warps=max(1, min(8, block_n * block_p // 512)),
+    )
+    return y
+
+
+@conv_ssd_step_op.register_fake
+def _(
+    state: Tensor,
+    ring: Tensor | None,
+    positions: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] // state.shape[2] * state.shape[3])

@@ -1,0 +1,106 @@
+"""step_linear on a GPU, as an op of torch: one kernel, whose outputs lie side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels
+
+INTERPRETED = not isinstance(kernels.linear_kernel, triton.JITFunction)  # whose products know no bf16
+MAX_ROWS = 64
+MAX_WEIGHTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """outputs, inputs: of a weight that a program reads at a time."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def tuning_of(size: int, rows: int, *, gated: bool, wide: bool) -> Launch:
+    """How a product over `size` inputs runs; 16 outputs a program, so that 1,536 outputs are 96 programs."""
+    if wide:
+        return Launch(outputs=16, inputs=min(64, max(16, triton.next_power_of_2(size))), warps=4, stages=2)
+    inputs = min(128 if gated or rows > 16 else 256, max(16, triton.next_power_of_2(size)))
+    return Launch(outputs=16, inputs=inputs, warps=4, stages=4)
+
+
+def step_linear_triton(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> tuple[Tensor, ...]:
+    """Return the products; see step_linear."""
+    y = step_linear_op(x, list(weights), norm_weight, eps, residual, gated)
+    return (y,) if gated else y.split([len(weight) for weight in weights], dim=1)
+
+
+@torch.library.custom_op(
+    "transmamba::step_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor? norm_weight, float eps, Tensor? residual, bool gated) -> Tensor",
+)
+def step_linear_op(
+    x: Tensor, weights: list[Tensor], norm_weight: Tensor | None, eps: float, residual: Tensor | None, gated: bool
+) -> Tensor:
+    x, *weights = (given if given.stride(-1) == 1 else given.contiguous() for given in (x, *weights))
+    weights = [weight.contiguous() for weight in weights]
+    y = _output_like(x, weights, gated)
+    rows, size = x.shape
+    if y.numel() == 0:
+        return y
+    wide = INTERPRETED or x.dtype == torch.float32
+    how = tuning_of(size, rows, gated=gated, wide=wide)
+    counts = [len(weight) for weight in weights]
+    blocks = sum(-(-count // how.outputs) for count in (counts[:1] if gated else counts))
+    missing = MAX_WEIGHTS - len(weights)
+    residual = None if residual is None else residual if residual.stride(-1) == 1 else residual.contiguous()
+    kernels.linear_kernel[(blocks,)](
+        x,
+        *weights,
+        *[weights[0]] * missing,
+        weights[0] if norm_weight is None else norm_weight.contiguous(),
+        x if residual is None else residual,
+        y,
+        rows,
+        size,
+        eps,
+        *counts,
+        *[0] * missing,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        y.stride(0),
+        NUM=len(weights),
+        GATED=gated,
+        HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=how.outputs,
+        BLOCK_K=how.inputs,
+        WIDE=wide,
+        num_warps=how.warps,
+        num_stages=how.stages,
+    )
+    return y
+
+
+@step_linear_op.register_fake
+def _(
+    x: Tensor, weights: list[Tensor], norm_weight: Tensor | None, eps: float, residual: Tensor | None, gated: bool
+) -> Tensor:
+    return _output_like(x, weights, gated)
+
+
+def _output_like(x: Tensor, weights: Sequence[Tensor], gated: bool) -> Tensor:
+    return x.new_empty(x.shape[0], len(weights[0]) if gated else sum(len(weight) for weight in weights))
