@@ -31,14 +31,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from transmamba import TransMambaConfig, TransMambaForCausalLM, TransPointSchedule
+from transmamba.benchmarking import recorded_error
 from transmamba.inference import measure_steps
-from transmamba.models.transmamba.decoding import Decoder
 from transmamba.ops import attention_step
 from transmamba.ops.backends import trust_kernels
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "results")
 ROOM = 110e9  # bytes, the most that weights, cache and the step itself may take
 BOUND = 2**-5  # relative error of bf16 logits after some layers; a lost token is above 1e-1
+CROSSING = TransPointSchedule([0, 70, 45, None])  # of the check's model: rows cross TransPoints while decoding
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -59,7 +60,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any], began: float) -
     usable = []
     for kind in kinds:
         with kernels(kind):
-            error = tried(lambda: disagreement(options.device))
+            error = tried(lambda: recorded_error(torch.device(options.device), CROSSING))
         result["checks"][kind] = error
         print(f"{kind}: logits of recorded steps differ from fp64 by {error}, and {BOUND:.3g} is allowed", flush=True)
         if isinstance(error, float) and error < BOUND:
@@ -159,37 +160,6 @@ def summarise(result: dict[str, Any]) -> None:
     ]
     result["summary"]["batch 1, over the time of reading weights"] = min(alone, default=None)
     print(f"tokens/s of v9 over the Transformer's, and batch 1: {result['summary']}", flush=True)
-
-
-def disagreement(device: str) -> float:
-    """Relative error of recorded steps' logits against fp64, over rows that cross TransPoints while decoding."""
-    config = TransMambaConfig(
-        vocab_size=512,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        trans_points=[0, 70, 45, None],
-    )
-    torch.manual_seed(1)
-    model = TransMambaForCausalLM(config).to(device, torch.bfloat16).eval()
-    ids = torch.randint(1, 512, (3, 60), device=device)
-    mask = torch.ones_like(ids)
-    mask[1, :15], mask[2, :40] = 0, 0
-    if device == "cpu":
-        model.decoder = Decoder(import_module("transmamba.models.transmamba.decoding").run_eagerly)
-    given = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "output_logits": True}
-    outs = [model.generate(ids, return_dict_in_generate=True, **given) for _ in range(2)]
-    if not torch.equal(outs[0].sequences, outs[1].sequences):
-        raise RuntimeError("two runs of recorded steps wrote different tokens")
-    if not model.decoder.sessions:
-        raise RuntimeError("no step was recorded")
-    out = outs[1]
-    whole = torch.cat([mask, torch.ones_like(out.sequences[:, 60:])], dim=1)
-    exact = model.double()(out.sequences, attention_mask=whole, use_cache=False).logits[:, 59:-1]
-    found = torch.stack(out.logits, dim=1).double()
-    return ((found - exact).norm() / exact.norm()).item()
 
 
 def build(options: argparse.Namespace) -> TransMambaForCausalLM:

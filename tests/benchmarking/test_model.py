@@ -92,7 +92,7 @@ def test_decoding_is_timed_behind_its_check(monkeypatch: pytest.MonkeyPatch) -> 
     options = DecodeOptions(**sizes, schedules="v9,mamba2", seq_len=128, context=100, steps=3)
     result = measure_decoding(DEVICE, options)
     assert not result.failures
-    assert set(result.points) == {"v9", "mamba2"}
-    assert all(point.decode_tokens_per_second > 0 for point in result.points.values())
-    monkeypatch.setattr(decode_module, "cache_disagreement", lambda model: 0.5)
+    assert [row.schedule for row in result.rows] == ["v9", "mamba2"]
+    assert all(row.timing.tokens_per_second > 0 for row in result.rows)
+    monkeypatch.setattr(decode_module, "recorded_error", lambda *_: 0.5)
     assert len(measure_decoding(DEVICE, options).failures) == 2

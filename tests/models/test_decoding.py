@@ -63,25 +63,23 @@ def test_every_place_of_the_switch(variant: str, prompt_length: int) -> None:
 @pytest.mark.parametrize(
     ("schedule", "prompt_length", "expected"),
     [
-        ([5, 7, 9], 4, {"aaa", "saa", "ssa", "sss"}),
-        ([5, 7, 9], 5, {"saa", "ssa", "sss"}),
-        ([5, 7, 9], 6, {"saa", "ssa", "sss"}),
-        ([5, 7, 9], 9, {"sss"}),
-        ([5, 5, 5], 4, {"aaa", "sss"}),
-        ([0, 0, 0], 4, {"sss"}),
-        ([0, None, None], 4, {"saa"}),
-        ([None, None, None], 4, {"aaa"}),
-        ([1, 2, 3], 1, {"saa", "ssa", "sss"}),
-        ([200, 16, 17], 4, {"aaa", "asa"}),
+        ([5, 7, 9], 4, "aaa saa ssa sss"),
+        ([5, 7, 9], 5, "saa ssa sss"),
+        ([5, 7, 9], 6, "saa ssa sss"),
+        ([5, 7, 9], 9, "sss"),
+        ([5, 5, 5], 4, "aaa sss"),
+        ([0, 0, 0], 4, "sss"),
+        ([0, None, None], 4, "saa"),
+        ([None, None, None], 4, "aaa"),
+        ([1, 2, 3], 1, "saa ssa sss"),
+        ([200, 16, 17], 4, "aaa asa"),
     ],
     ids=str,
 )
-def test_the_phases_are_those_of_the_schedule(
-    schedule: list[int | None], prompt_length: int, expected: set[str]
-) -> None:
+def test_the_phases_are_those_of_the_schedule(schedule: list[int | None], prompt_length: int, expected: str) -> None:
     model = tiny_model(torch.float64, trans_points=schedule).requires_grad_(False)
     given = {"max_new_tokens": 14} if 16 in schedule else {}
-    assert set(phases(assert_same(model, tokens(2, prompt_length), **given))) == expected
+    assert set(phases(assert_same(model, tokens(2, prompt_length), **given))) == set(expected.split())
 
 
 @pytest.mark.parametrize(

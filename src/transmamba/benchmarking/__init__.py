@@ -1,6 +1,6 @@
 """Speeds beside those of others and beside what the device allows; nothing is timed before it was found right."""
 
-from .decode import DecodeOptions, DecodeResult, measure_decoding
+from .decode import DecodeOptions, DecodeResult, DecodeRow, measure_decoding, recorded_error
 from .model import ModelOptions, ModelResult, ModelRow, measure_model
 from .ops import OpRow, OpShape, OpsOptions, OpsResult, measure_ops
 from .timing import Rates, Timing, measure_rates, provenance, time_call
@@ -8,6 +8,7 @@ from .timing import Rates, Timing, measure_rates, provenance, time_call
 __all__ = [
     "DecodeOptions",
     "DecodeResult",
+    "DecodeRow",
     "ModelOptions",
     "ModelResult",
     "ModelRow",
@@ -22,5 +23,6 @@ __all__ = [
     "measure_ops",
     "measure_rates",
     "provenance",
+    "recorded_error",
     "time_call",
 ]

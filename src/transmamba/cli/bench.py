@@ -152,19 +152,23 @@ def _model(result: "ModelResult") -> tuple["Table", Bars | None]:
 
 
 def _decode(result: "DecodeResult") -> tuple["Table", Bars | None]:
-    table = _table("schedule", "context", "decode tokens/s", "prefill tokens/s", "cache MB", "peak GB")
-    for name, point in result.points.items():
-        table.add_row(
-            name,
-            f"{point.length:,}",
-            f"{point.decode_tokens_per_second:,.1f}",
-            f"{point.prefill_tokens_per_second:,.0f}",
-            f"{point.cache_bytes / 1e6:,.1f}",
-            "" if point.peak_bytes is None else f"{point.peak_bytes / 1e9:.1f}",
-        )
+    table = _table("schedule", "rows", "context", "step ms", "quartiles", "tokens/s", "cache MB", "peak GB", "error")
     values: dict[str, dict[str, float]] = {}
-    for name, point in result.points.items():
-        values.setdefault(f"after {point.length:,} tokens", {})[name] = point.decode_tokens_per_second
+    for row in result.rows:
+        timing = row.timing
+        table.add_row(
+            row.schedule,
+            str(timing.batch),
+            f"{timing.context:,}",
+            f"{timing.step_ms:.3f}",
+            f"{timing.quartiles[0]:.3f} - {timing.quartiles[1]:.3f}",
+            f"{timing.tokens_per_second:,.1f}",
+            f"{timing.cache_bytes / 1e6:,.1f}",
+            "" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e9:.1f}",
+            f"{row.error:.1e}",
+        )
+        what = f"{timing.batch} rows after {timing.context:,} tokens"
+        values.setdefault(what, {})[row.schedule] = timing.tokens_per_second
     return table, ("Decoding", "tokens/s", values) if values else None
 
 
