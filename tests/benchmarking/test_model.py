@@ -1,6 +1,7 @@
 """The benchmarks of models: rows for every schedule, a comparison that bites, and ratios of what was measured."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -89,10 +90,10 @@ def test_sizes_and_schedules_that_do_not_exist_are_refused() -> None:
 
 def test_decoding_is_timed_behind_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"layers": 8, "hidden_size": 32, "intermediate_size": 48, "heads": 2, "vocab_size": 64}
-    options = DecodeOptions(**sizes, schedules="v9,mamba2", seq_len=128, context=100, steps=3)
+    options = DecodeOptions(**sizes, schedules="v9,mamba2", batches="1,2", seq_len=128, context=100, steps=4)
     result = measure_decoding(DEVICE, options)
     assert not result.failures
-    assert [row.schedule for row in result.rows] == ["v9", "mamba2"]
+    assert [(row.schedule, row.timing.batch) for row in result.rows] == list(product(("v9", "mamba2"), (1, 2)))
     assert all(row.timing.tokens_per_second > 0 for row in result.rows)
     monkeypatch.setattr(decode_module, "recorded_error", lambda *_: 0.5)
     assert len(measure_decoding(DEVICE, options).failures) == 2

@@ -25,7 +25,7 @@ def run(tmp_path: Path, what: str, *arguments: str) -> tuple[int, list[Path]]:
     [
         ("ops", OPS),
         ("model", [*MODEL, "--set", "prefill=32", "--set", "seconds=0.01"]),
-        ("decode", [*MODEL, "--set", "context=32", "--set", "steps=2"]),
+        ("decode", [*MODEL, "--set", "context=32", "--set", "steps=4", "--set", "batches=1"]),
     ],
 )
 def test_every_benchmark_writes_numbers_and_a_figure(

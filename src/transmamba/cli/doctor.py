@@ -38,7 +38,7 @@ EXTRAS = {
     "eval": "the lm-eval harness",
     "peft": "LoRA adapters",
     "tensorboard": "training logs that TensorBoard shows",
-    "text": "MiniLM-L6, a sentence encoder to adapt, and sentence-transformers",
+    "text": "sentence encoders",
     "triton": "GPU kernels",
     "vision": "augmentation of images, and handwritten digits",
 }
@@ -324,7 +324,9 @@ def _check_rows(checks: list[OpCheck]) -> Iterable[tuple[str, ...]]:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(*columns, title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column == columns[0])  # a name is never cut
     for row in rows:
         table.add_row(*row)
     return table

@@ -79,10 +79,10 @@ def measure_steps(
     model: TransMambaForCausalLM, *, batch: int, context: int, steps: int = 32, repeats: int = 3
 ) -> StepTiming:
     """Time recorded steps at the end of a context, as often as `steps`, in `repeats` rounds; nothing is prefilled."""
-    rounds = repeats + 1
-    if context <= (steps + 2) * 2 or min(batch, steps) < 1 or repeats < 1:
+    if context <= (steps + 2) * 2 or batch < 1 or steps < 4 or repeats < 1:
         raise InputError(
-            f"batch={batch}, context={context}, steps={steps}: give 1 or more, and context above 2 steps + 4."
+            f"batch={batch}, context={context}, steps={steps}: give 1 row or more, 4 steps or more, and a context above "
+            "2 steps + 4."
         )
     device, mixers = model.device, mixers_of(model)
     is_cuda = device.type == "cuda"
@@ -100,7 +100,7 @@ def measure_steps(
     tokens = torch.zeros(batch, dtype=torch.int64, device=device)
     times: list[float] = []
     loops: list[float] = []
-    for number in range(rounds):
+    for number in range(repeats + 1):
         static.place([begin] * batch)
         for _ in range(2):  # compiled and recorded in the first round
             tokens = session.step(tokens).argmax(dim=-1)
@@ -139,12 +139,12 @@ def time_each(session: DecodeSession, tokens: Tensor, steps: int) -> list[float]
     device = tokens.device
     if device.type != "cuda":
         found = []
-        for _ in range(max(2, steps)):
+        for _ in range(steps):
             start = time.perf_counter()
             session.step(tokens)
             found.append((time.perf_counter() - start) * 1e3)
         return found
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(2, steps) + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for mark in marks[1:]:
         session.step(tokens)
