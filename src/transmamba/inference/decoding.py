@@ -81,8 +81,8 @@ def measure_steps(
     """Time recorded steps at the end of a context, as often as `steps`, in `repeats` rounds; nothing is prefilled."""
     if context <= (steps + 2) * 2 or batch < 1 or steps < 4 or repeats < 1:
         raise InputError(
-            f"batch={batch}, context={context}, steps={steps}: give 1 row or more, 4 steps or more, and a context above "
-            "2 steps + 4."
+            f"batch={batch}, context={context}, steps={steps}: give a row or more, 4 steps or more, and a context "
+            "above 2 steps + 4."
         )
     device, mixers = model.device, mixers_of(model)
     is_cuda = device.type == "cuda"
