@@ -1,6 +1,7 @@
-"""Prefill beside transformers' Mamba-2 (torch path); decoding of V9 beside the Transformer schedule.
+"""Prefill and steps beside transformers' Mamba-2 (torch path); decoding of V9 beside the Transformer schedule.
 
     python benchmarks/models/bench_prefill_decode.py
+    python benchmarks/models/bench_prefill_decode.py --part mamba2 --tokens 256,512,1024,2048,4096,8192,16384
 
 Both models of the prefill have the same sizes (no MLP, one B and C per head, gated norm) and as many parameters; they
 differ in the norm, which transformers applies to each group. Weights are drawn. Runs alternate in one process; medians
@@ -29,6 +30,7 @@ from transmamba import TransMambaCache, TransMambaConfig, TransMambaModel, Trans
 from transmamba.benchmarking.timing import device_name
 
 VOCAB_SIZE = 1024  # embeddings are looked up, and no logits are computed
+PARTS = ("prefill", "prefills", "step", "decode")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -52,34 +54,55 @@ def main() -> None:
     }
     with torch.inference_mode():
         if options.part in ("both", "prefill"):
-            result["prefill"] = prefill(options)
+            result["prefill"] = prefill(options, options.tokens[0])
             if options.profile:
                 profile_prefill(options)
             gc.collect()
+        if options.part == "mamba2":
+            result["prefills"] = [prefill(options, tokens) for tokens in options.tokens]
+            result["step"] = mamba2_step(options)
         if options.part in ("both", "decode"):
             result["decode"] = decode(options)
-    print(json.dumps({part: result[part] for part in ("prefill", "decode") if part in result}, indent=1))
+    print(json.dumps({part: result[part] for part in PARTS if part in result}, indent=1))
     if not options.no_write:
         RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"models_prefill_decode_{options.device}.json"
+        name = "mamba2_prefill" if options.part == "mamba2" else "models_prefill_decode"
+        file = RESULTS / f"{name}_{options.device}.json"
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {file}")
 
 
-def prefill(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a forward pass over options.tokens tokens, batch 1, without a cache."""
+def prefill(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """Seconds of a forward pass over so many tokens, batch 1, without a cache."""
     ours, theirs = our_mamba2(options), transformers_mamba2(options)
-    ids = torch.randint(VOCAB_SIZE, (1, options.tokens), device=options.device)
+    ids = torch.randint(VOCAB_SIZE, (1, tokens), device=options.device)
     times = alternate(
         {"transmamba": lambda: ours(ids, use_cache=False), "transformers": lambda: theirs(ids, use_cache=False)},
         options.repeats,
         options.device,
     )
     return {
-        "tokens": options.tokens,
+        "tokens": tokens,
         "parameters": {"transmamba": count_parameters(ours), "transformers": count_parameters(theirs)},
         **summary(times, "transmamba", "transformers"),
     }
+
+
+def mamba2_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a token onto a state, batch 1."""
+    models = {"transmamba": our_mamba2(options), "transformers": transformers_mamba2(options)}
+    ids = torch.randint(VOCAB_SIZE, (1, 64), device=options.device)
+    caches = {
+        "transmamba": models["transmamba"](ids, use_cache=True).past_key_values,
+        "transformers": models["transformers"](ids, use_cache=True).cache_params,
+    }
+    keywords = {"transmamba": "past_key_values", "transformers": "cache_params"}
+
+    def step(name: str) -> Callable[[], Any]:
+        return lambda: models[name](ids[:, :1], use_cache=True, **{keywords[name]: caches[name]})
+
+    times = alternate({name: step(name) for name in models}, options.steps, options.device)
+    return summary(times, "transmamba", "transformers")
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +170,7 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
         "hidden_size": options.hidden,
         "num_hidden_layers": options.layers,
         "num_attention_heads": options.hidden // options.head_dim,
-        "max_position_embeddings": 2 * max(options.position, options.tokens),
+        "max_position_embeddings": 2 * max(options.position, *options.tokens),
     }
 
 
@@ -180,7 +203,7 @@ def summary(times: dict[str, list[tuple[float, float]]], ours: str, other: str) 
 def profile_prefill(options: argparse.Namespace) -> None:
     """Print what takes the time of our prefill."""
     model = our_mamba2(options)
-    ids: Tensor = torch.randint(VOCAB_SIZE, (1, options.tokens), device=options.device)
+    ids: Tensor = torch.randint(VOCAB_SIZE, (1, options.tokens[0]), device=options.device)
     model(ids, use_cache=False)
     with torch.profiler.profile() as profile:
         model(ids, use_cache=False)
@@ -196,15 +219,19 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def lengths(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--part", choices=["both", "prefill", "decode"], default="both")
+    parser.add_argument("--part", choices=["both", "prefill", "decode", "mamba2"], default="both")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=4096, help="of the prefill")
+    parser.add_argument("--tokens", type=lengths, default=[4096], help="of the prefill; several with --part mamba2")
     parser.add_argument("--position", type=int, default=8192, help="of the decoded tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens")
