@@ -175,14 +175,14 @@ def test_what_breaks_the_contract_is_named(change: dict[str, Any], message: str)
 
 @needs_triton
 def test_it_is_an_op_of_torch() -> None:
-    from transmamba.ops.conv_ssd_step.triton import conv_ssd_step_op
+    from transmamba.ops.conv_ssd_step.triton import conv_ssd_step_triton
 
     given = draw(dtype=torch.float32)
     token = [given[name][:, 0] for name in ("q", "k", "v", "dt", "z")]
     fixed = [given[name] for name in ("weight", "bias", "dt_bias", "A_log", "D")]
     ring, positions = torch.zeros(2, 4, 35, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     inputs = (given["state"].float(), ring, positions, *token, *fixed)
-    torch.library.opcheck(conv_ssd_step_op, inputs, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(conv_ssd_step_triton, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

@@ -149,7 +149,7 @@ def adapt_images(
     frozen = VisionTeacher(teacher)
     student.to(chosen)
     objective, parts = _objective(run, student, frozen, data)
-    images = _Images(run, objective, len(data.classes), chosen)
+    images = _Images(run, objective, len(data.classes))
     data = _near(data, chosen)
     average = None if run.average_decay is None else WeightAverage(student, run.average_decay)
     with attached(student, parts if average is None else nn.ModuleDict({"parts": parts, "average": average})):
@@ -233,25 +233,25 @@ def plan_adaptation(run: AdaptationRun) -> SubcloningPlan:
 class _Images:
     """A loss function of the Trainer: augments and normalises a batch of uint8 images and hands it to an objective."""
 
-    def __init__(self, run: AdaptationRun, objective: LossFunction, classes: int, device: torch.device) -> None:
+    def __init__(self, run: AdaptationRun, objective: LossFunction, classes: int) -> None:
         self.run = run
         self.objective = objective
         self.classes = classes
-        self.bf16 = run.uses_bf16(device.type)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        x, labels = augment(batch["pixel_values"], batch["labels"], self.classes, self.run.augmentation)
+        # The Trainer calls losses in the run's precision; images keep theirs until they reach a model.
+        with torch.autocast(batch["pixel_values"].device.type, enabled=False):
+            x, labels = augment(batch["pixel_values"], batch["labels"], self.classes, self.run.augmentation)
+            x = _normalised(self.run, x)
         whole = batch.get("num_items_in_batch")
         # The Trainer counts class numbers, one an image; probabilities are as many as there are classes.
         scale = self.classes if whole is not None and labels.is_floating_point() else 1
         prepared = {
-            "pixel_values": _normalised(self.run, x),
+            "pixel_values": x,
             "labels": labels,
             "num_items_in_batch": None if whole is None else whole * scale,
         }
-        # The Trainer computes the student in bf16; here its teacher, the projections and the loss do so as well.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.objective(model, prepared)
+        return self.objective(model, prepared)
 
 
 class _Batches:
@@ -432,7 +432,7 @@ def _train_teacher(
     if not training.epochs or (folder / TEACHER_FOLDER).is_dir():
         return teacher
     set_seed(run.seed + 1)
-    images = _Images(run, TaskObjective(), len(data.classes), device)
+    images = _Images(run, TaskObjective(), len(data.classes))
     stage = folder / "0-teacher"
     epochs, rate, decay = training.epochs, training.learning_rate, training.layer_decay
     _train(run, teacher, _near(data, device), stage, device, images, epochs, rate, decay, resume=resume)

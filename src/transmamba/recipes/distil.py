@@ -213,8 +213,8 @@ def _load_teacher(
     check_teacher_length(model.config, seq_len)
     known = common_vocabulary(teacher_tokenizer, model.config, tokenizer, student.config)
     check_same_encoding(teacher_tokenizer, tokenizer, texts)
-    bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and device.type == "cuda")
-    return OnlineTeacher(model.to(device, torch.bfloat16 if bf16 else torch.float32), vocab_size=known)
+    dtype = torch.bfloat16 if run.uses_bf16(device.type) else torch.float32
+    return OnlineTeacher(model.to(device, dtype), vocab_size=known)
 
 
 def _check_same_model(plan: _Plan) -> None:

@@ -1,5 +1,7 @@
 """conv_ssd_step: what a TransMamba layer does with one token's projections after its TransPoint, in place."""
 
+from collections.abc import Callable
+
 from torch import Tensor, is_grad_enabled
 
 from transmamba.errors import InputError
@@ -102,6 +104,7 @@ def conv_ssd_step(
     if is_grad_enabled() and any(x.requires_grad for x in (state, *given.values())):
         raise InputError(f"{op}: it works in place, without gradients; use torch.no_grad(), or ssd_step.")
     name = resolve_backend(op, backend, q, size=max(n, p))
+    implementation: Callable[..., Tensor]
     if name == "triton":
         from .triton import conv_ssd_step_triton as implementation
     else:

@@ -9,6 +9,12 @@ from . import kernels
 BLOCK_P = 32  # columns of a state per program: a batch of one with 16 heads of 96 is then 48 programs
 
 
+@torch.library.custom_op(
+    "transmamba::conv_ssd_step",
+    mutates_args=("state", "ring"),
+    schema="(Tensor(a!) state, Tensor(b!)? ring, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor? z, "
+    "Tensor? weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D) -> Tensor",
+)
 def conv_ssd_step_triton(
     state: Tensor,
     ring: Tensor | None,
@@ -25,30 +31,6 @@ def conv_ssd_step_triton(
     D: Tensor,
 ) -> Tensor:
     """Return y and leave state and ring advanced; see conv_ssd_step."""
-    return conv_ssd_step_op(state, ring, positions, q, k, v, dt, z, weight, bias, dt_bias, A_log, D)
-
-
-@torch.library.custom_op(
-    "transmamba::conv_ssd_step",
-    mutates_args=("state", "ring"),
-    schema="(Tensor(a!) state, Tensor(b!)? ring, Tensor positions, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor? z, "
-    "Tensor? weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D) -> Tensor",
-)
-def conv_ssd_step_op(
-    state: Tensor,
-    ring: Tensor | None,
-    positions: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-) -> Tensor:
     q, k, v, dt = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dt))
     z = None if z is None else z if z.stride(-1) == 1 else z.contiguous()
     rows, state_heads, n, p = state.shape
@@ -96,20 +78,6 @@ def conv_ssd_step_op(
     return y
 
 
-@conv_ssd_step_op.register_fake
-def _(
-    state: Tensor,
-    ring: Tensor | None,
-    positions: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-) -> Tensor:
+@conv_ssd_step_triton.register_fake
+def _(state: Tensor, ring: Tensor | None, positions: Tensor, q: Tensor, *_: Tensor | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] // state.shape[2] * state.shape[3])

@@ -48,18 +48,7 @@ def selective_scan_op(
 
 
 @selective_scan_op.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return launches.shapes_of_scan(u, A, B, C)
 
 
@@ -94,22 +83,8 @@ def selective_scan_backward_op(
 
 
 @selective_scan_backward_op.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    entering: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+def _(dy: Tensor, dlast: Tensor | None, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs = (u, *rest[:8])  # to initial_state
     return tuple(u.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
