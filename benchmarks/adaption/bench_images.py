@@ -85,8 +85,6 @@ PLACES = ("teacher", "output", "images")  # where things lay on the machine that
 
 def main() -> None:
     options = parse()
-    if options.unproven_kernels:
-        backends._UNPROVEN = ()
     if options.worker:
         data = read_images(options)
         for job in json.loads(sys.stdin.read()):
@@ -344,7 +342,6 @@ def parse() -> argparse.Namespace:
         "--classes", type=int, help="only so many classes, with --per-class images of each to learn from"
     )
     parser.add_argument("--per-class", type=int, default=150)
-    parser.add_argument("--unproven-kernels", action="store_true", help="run kernels that no card has proven")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto")
     return parser.parse_args()

@@ -40,8 +40,6 @@ FP32_BOUND = 1e-4
 def main() -> None:
     options = parse()
     torch.manual_seed(0)
-    if options.unproven_kernels:
-        backends._UNPROVEN = ()
     result: dict[str, Any] = {
         "benchmark": "models/bench_vision",
         "command": f"python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
@@ -113,12 +111,8 @@ def check(name: str, side: int, options: argparse.Namespace) -> dict[str, Any]:
 
     dtype = dtype_of(options.device)
     found = run(dtype)
-    kept = backends._UNPROVEN
-    backends._UNPROVEN = ("selective_scan",)  # which makes the plain scan the default
-    try:
+    with backends.prefer("torch"):
         wanted = run(None)
-    finally:
-        backends._UNPROVEN = kept
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
     bounds = (LOGITS_BOUND, GRADIENTS_BOUND) if dtype else (FP32_BOUND, FP32_BOUND)
     row = {"model": name, "pixels": side, "errors": errors, "bounds": bounds[: len(errors)]}
@@ -217,7 +211,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--students", nargs="+", default=["plain_mamba_tiny", "vim_tiny"])
     parser.add_argument("--tokens", type=int, default=49_152, help="in a batch")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing each")
-    parser.add_argument("--unproven-kernels", action="store_true", help="run kernels that no card has proven")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ marked `gpu` record.
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +22,7 @@ from transmamba import TransMambaForCausalLM
 from transmamba.models.transmamba import decoding
 from transmamba.models.transmamba.decoding import Decoder, DecodeSession, run_eagerly
 from transmamba.modules import LayerMode, StaticCache, layer_mode
-from transmamba.ops.backends import trust_kernels
+from transmamba.ops.backends import prefer
 
 PAD, NEW = 0, 12
 BOUND = 1e-6  # logits are handed out in fp32, of fp64 models
@@ -350,8 +349,8 @@ def test_with_kernels_the_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, v
 
 @pytest.fixture(params=[False, True], ids=["plain", "kernels"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Without and with kernels that no card has passed yet."""
-    with trust_kernels() if request.param else nullcontext():
+    """Plain PyTorch, and our kernels."""
+    with prefer("triton" if request.param else "torch"):
         yield request.param
 
 

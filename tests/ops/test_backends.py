@@ -23,16 +23,18 @@ OPS = (
     "ssd_step",
     "step_linear",
 )
-KERNELS = ("hybrid_mixer", "memory_converter", "ssd_scan")
-UNPROVEN = (
+KERNELS = (
     "attention_step",
     "causal_conv1d",
     "conv_ssd_step",
+    "hybrid_mixer",
     "logit_distillation",
-    "selective_scan",
+    "memory_converter",
+    "ssd_scan",
     "ssd_step",
     "step_linear",
-)  # kernels that no card has run yet
+)
+UNPROVEN = ("selective_scan",)  # kernels that no card has passed yet
 
 
 class OnCuda:
@@ -137,11 +139,14 @@ def test_a_named_backend_is_taken_and_another_refused(op: str) -> None:
         resolve_backend(op, "fast")
 
 
-def test_trusted_kernels_are_chosen_while_they_are_trusted(an_h100: None) -> None:
-    with backends.trust_kernels("ssd_step"):
-        assert resolve_backend("ssd_step", None, OnCuda()) == "triton"
-        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
-        with backends.trust_kernels():
-            assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "triton"
-        assert resolve_backend("selective_scan", None, OnCuda(), size=16) == "torch"
-    assert resolve_backend("ssd_step", None, OnCuda()) == "torch"
+def test_a_preferred_backend_is_chosen_within(an_h100: None) -> None:
+    with backends.prefer("torch"):
+        assert {resolve_backend(op, None, OnCuda(), size=16) for op in OPS} == {"torch"}
+        assert resolve_backend("ssd_step", "triton", OnCuda()) == "triton"
+        with backends.prefer("triton", *UNPROVEN):
+            assert [resolve_backend(op, None, OnCuda(), size=16) for op in UNPROVEN] == ["triton"] * len(UNPROVEN)
+            assert resolve_backend("ssd_step", None, OnCuda()) == "torch"
+    assert resolve_backend("ssd_step", None, OnCuda()) == "triton"
+    with backends.prefer("triton"):
+        assert resolve_backend("ssd_step", None, torch.zeros(1)) == "torch"
+        assert resolve_backend("softmax_attention", None, OnCuda()) == "torch"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,16 +35,8 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN = (
-    "attention_step",
-    "causal_conv1d",
-    "conv_ssd_step",
-    "logit_distillation",
-    "selective_scan",
-    "ssd_step",
-    "step_linear",
-)
-_trusted: set[str] = set()
+_UNPROVEN: tuple[str, ...] = ("selective_scan",)
+_preferred: dict[str, str] = {}
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_SIZE = 256  # of state_size and head_dim; beyond it a program's registers do not hold a state's columns
@@ -68,11 +61,15 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
     Raises InputError for a backend that the op does not have, or that cannot run on them.
     """
     known = _IMPLEMENTED[op]
+    preferred = _preferred.get(op) if backend is None else None
+    if preferred == "torch":
+        return "torch"
     if backend is not None and backend not in known:
         raise InputError(f"{op} has no backend {backend!r}; choose {' or '.join(map(repr, known))}, or None.")
     if "triton" not in known or backend in ("reference", "torch"):
         return backend or "torch"
-    if backend is None and ((op in _UNPROVEN and op not in _trusted) or not inputs or inputs[0].device.type != "cuda"):
+    unproven = op in _UNPROVEN and preferred is None
+    if backend is None and (unproven or not inputs or inputs[0].device.type != "cuda"):
         return "torch"
     obstacle = _obstacle(op, inputs, size)
     if backend == "triton":
@@ -87,18 +84,18 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
 
 
 @contextmanager
-def trust_kernels(*ops: str) -> Iterator[None]:
-    """Within, kernels of these ops are chosen although no card has passed their tests: to pass them, and to time them.
+def prefer(backend: Literal["torch", "triton"], *ops: str) -> Iterator[None]:
+    """Within, backend=None means this one for these ops: to compare the two, and to run kernels yet to be passed.
 
-    No names mean all ops.
+    No names mean all ops. Where there is no kernel for the tensors, plain PyTorch runs as ever.
     """
-    before = set(_trusted)
-    _trusted.update(ops or _UNPROVEN)
+    before = dict(_preferred)
+    _preferred.update(dict.fromkeys(ops or _IMPLEMENTED, backend))
     try:
         yield
     finally:
-        _trusted.clear()
-        _trusted.update(before)
+        _preferred.clear()
+        _preferred.update(before)
 
 
 def explain(device: str = "cpu") -> list[BackendChoice]:
