@@ -4,6 +4,7 @@ from .decode import DecodeOptions, DecodeResult, DecodeRow, measure_decoding, re
 from .model import ModelOptions, ModelResult, ModelRow, measure_model
 from .ops import OpRow, OpShape, OpsOptions, OpsResult, measure_ops
 from .timing import Rates, Timing, measure_rates, provenance, time_call
+from .tune import Trial, TuneOptions, TuneResult, tune_ops
 
 __all__ = [
     "DecodeOptions",
@@ -18,6 +19,9 @@ __all__ = [
     "OpsResult",
     "Rates",
     "Timing",
+    "Trial",
+    "TuneOptions",
+    "TuneResult",
     "measure_decoding",
     "measure_model",
     "measure_ops",
@@ -25,4 +29,5 @@ __all__ = [
     "provenance",
     "recorded_error",
     "time_call",
+    "tune_ops",
 ]

@@ -1,4 +1,4 @@
-"""`transmamba bench`: how fast this machine is at the ops, at a training step, at decoding.
+"""`transmamba bench`: how fast this machine is at the ops, at a training step, at decoding; and the kernels' tuning.
 
 Exit code 1 when something computed wrongly; it is not timed then.
 """
@@ -18,7 +18,7 @@ from transmamba.cli._settings import assignments
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from transmamba.benchmarking import DecodeResult, ModelResult, OpRow, OpsResult
+    from transmamba.benchmarking import DecodeResult, ModelResult, OpRow, OpsResult, TuneResult
 
 Bars = tuple[str, str, dict[str, dict[str, float]]]  # title, unit, {group: {name: value}}
 
@@ -29,10 +29,11 @@ class What(StrEnum):
     OPS = "ops"
     MODEL = "model"
     DECODE = "decode"
+    TUNE = "tune"
 
 
 def bench(
-    what: Annotated[What, typer.Argument(help="ops, model (a training step and prefill), or decode.")],
+    what: Annotated[What, typer.Argument(help="ops, model (a training step and prefill), decode, or tune.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     output: Annotated[
         Path, typer.Option(help="A folder for the JSON file and the figure, named for what, device and date.")
@@ -42,7 +43,10 @@ def bench(
         typer.Option("--set", help="Change what is measured, such as shapes=8x8192x16x128; several times."),
     ] = None,
 ) -> None:
-    """Time the ops, a training step or decoding, each after it was found right at the shape that is timed."""
+    """Time the ops, a training step or decoding, each after it was found right at the shape that is timed.
+
+    tune tries launch configurations of the state space's kernels and keeps the fastest for this device.
+    """
     import torch
     from rich.console import Console
 
@@ -56,6 +60,7 @@ def bench(
         What.OPS: (benchmarking.measure_ops, benchmarking.OpsOptions),
         What.MODEL: (benchmarking.measure_model, benchmarking.ModelOptions),
         What.DECODE: (benchmarking.measure_decoding, benchmarking.DecodeOptions),
+        What.TUNE: (benchmarking.tune_ops, benchmarking.TuneOptions),
     }
     function, options_class = measure[what]
     chosen = resolve_device(device)
@@ -76,7 +81,7 @@ def bench(
     path = output / f"{what.value}_{name}_{result.provenance['date']}.json"
     write_atomically(path, json.dumps(result.to_json(), indent=1) + "\n")
     present: dict[What, Callable[[Any], tuple[Any, Bars | None]]]
-    present = {What.OPS: _ops, What.MODEL: _model, What.DECODE: _decode}
+    present = {What.OPS: _ops, What.MODEL: _model, What.DECODE: _decode, What.TUNE: _tune}
     table, bars = present[what](result)
     console.print(table)
     if bars:
@@ -172,6 +177,17 @@ def _decode(result: "DecodeResult") -> tuple["Table", Bars | None]:
     return table, ("Decoding", "tokens/s", values) if values else None
 
 
+def _tune(result: "TuneResult") -> tuple["Table", Bars | None]:
+    table = _table("shape", "changed", "forward", "+ backward", "before", "before + backward")
+    for shape, changes in result.chosen.items():
+        trials = [trial for trial in result.trials if trial.shape == shape and not trial.failure]
+        fastest = min(trials, key=lambda trial: trial.time_of("both"))
+        times = (fastest.forward, fastest.both, trials[0].forward, trials[0].both)
+        table.add_row(shape, ", ".join(changes) or "nothing", *(f"{x:.3f}" for x in times))
+    table.caption = f"Kept in {result.file}" if result.file else "Nothing was kept"
+    return table, None
+
+
 def _table(*columns: str) -> "Table":
     from rich.table import Table
 
@@ -179,6 +195,6 @@ def _table(*columns: str) -> "Table":
         box=None, pad_edge=False, header_style="dim", title_justify="left", title_style="dim", caption_justify="left"
     )
     for column in columns:
-        words = column in ("", "schedule", "what")
+        words = column in ("", "schedule", "what", "shape", "changed")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
     return table
