@@ -50,7 +50,7 @@ from transmamba.models import VISION_PRESETS, VisionMambaClassifier, vision_conf
 from transmamba.progress import without_progress_bars
 from transmamba.recipes.adaptation import NEW_TEACHER, AdaptationRun
 from transmamba.recipes.distil import load_weights
-from transmamba.recipes.fit import fit
+from transmamba.recipes.fit import StageFolder, fit
 from transmamba.recipes.run_folder import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -67,7 +67,6 @@ from transmamba.training import (
     LossFunction,
     TrainingHistory,
     WeightAverage,
-    last_complete_checkpoint,
     layer_rates,
 )
 from transmamba.training.checkpoints import write_atomically
@@ -456,16 +455,11 @@ def _train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingHistory:
     steps = run.steps_of(epochs, len(data.train))
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if is_main_process():
-        folder.mkdir(exist_ok=True)
-        if checkpoint:
-            logger.info("resuming %s from %s", folder.name, checkpoint)
-    history = TrainingHistory(folder if is_main_process() else None, resume_step=done)
-    if checkpoint is not None and done >= steps:
-        load_weights(model, checkpoint)
-        return history
+    kept = StageFolder.begin(folder, resume=resume)
+    finished = kept.result_of(steps)
+    if finished is not None:
+        load_weights(model, finished)
+        return kept.history
     arguments = run.training_arguments(
         folder,
         device.type,
@@ -485,15 +479,15 @@ def _train(
         validation=data.validation,
         evaluate_fn=lambda one, dataset: _validate(run, one, dataset),
         tokenizer=None,
-        history=history,
-        checkpoint=checkpoint,
+        history=kept.history,
+        checkpoint=kept.checkpoint,
         description=folder.name,
         keep_checkpoints=run.keep_checkpoints,
         loss_fn=images,
         callbacks=callbacks,
         rates=_rates(run, model, layer_decay),
     )
-    return history
+    return kept.history
 
 
 def _rates(run: AdaptationRun, model: PreTrainedModel, layer_decay: float) -> dict[str, float]:

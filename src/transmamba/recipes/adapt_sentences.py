@@ -29,7 +29,7 @@ from transmamba.errors import InputError, RecipeError
 from transmamba.inference import embed_texts, load_text_encoder, resolve_device
 from transmamba.models import BiMamba2Config, BiMamba2Model
 from transmamba.recipes.distil import load_weights
-from transmamba.recipes.fit import fit
+from transmamba.recipes.fit import StageFolder, fit
 from transmamba.recipes.run_folder import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -42,7 +42,7 @@ from transmamba.recipes.sentence_adaptation import SentenceAdaptationRun
 from transmamba.recipes.training_run import is_main_process
 from transmamba.report import SentenceReport
 from transmamba.tasks import RetrievalScore, evaluate_caption_retrieval, linear_cka, read_captions
-from transmamba.training import TrainingHistory, last_complete_checkpoint
+from transmamba.training import TrainingHistory
 from transmamba.training.checkpoints import mark_complete, write_atomically
 
 __all__ = ["AdaptedEncoder", "adapt_sentence_encoder", "plan_sentence_adaptation", "write_sentence_transformers_files"]
@@ -332,16 +332,11 @@ def _train(
     resume: bool,
 ) -> TrainingHistory:
     folder = Path(run.output) / "1-student"
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if is_main_process():
-        folder.mkdir(exist_ok=True)
-        if checkpoint:
-            logger.info("resuming %s from %s", folder.name, checkpoint)
-    history = TrainingHistory(folder if is_main_process() else None, resume_step=done)
-    if checkpoint is not None and done >= steps:
-        load_weights(student, checkpoint)
-        return history
+    kept = StageFolder.begin(folder, resume=resume)
+    finished = kept.result_of(steps)
+    if finished is not None:
+        load_weights(student, finished)
+        return kept.history
     arguments = run.training_arguments(
         folder,
         device.type,
@@ -361,14 +356,14 @@ def _train(
         validation=prepared.validation,
         evaluate_fn=lambda one, texts: {"loss": _distance(run, one, teacher, texts)},
         tokenizer=None,
-        history=history,
-        checkpoint=checkpoint,
+        history=kept.history,
+        checkpoint=kept.checkpoint,
         description=folder.name,
         keep_checkpoints=run.keep_checkpoints,
         loss_fn=SentenceAdaptionObjective(teacher, projections, run.loss),
         data_collator=pad_texts,
     )
-    return history
+    return kept.history
 
 
 @torch.no_grad()

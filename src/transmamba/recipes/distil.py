@@ -38,7 +38,7 @@ from transmamba.models import TransMambaForCausalLM
 from transmamba.modules import SSM_PARAMETERS
 from transmamba.ops.softmax_attention.torch import without_cudnn
 from transmamba.recipes.distillation import AlignmentStage, DistillationRun, LogitStage
-from transmamba.recipes.fit import fit, validate
+from transmamba.recipes.fit import StageFolder, fit, validate
 from transmamba.recipes.run_folder import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -50,7 +50,7 @@ from transmamba.recipes.run_folder import (
 from transmamba.recipes.training_run import is_main_process
 from transmamba.schedule import TransPointSchedule
 from transmamba.tasks import Evaluation, evaluate_language_model
-from transmamba.training import LossFunction, MovingTransPoints, TrainingHistory, last_complete_checkpoint
+from transmamba.training import LossFunction, MovingTransPoints, TrainingHistory
 from transmamba.training.checkpoints import write_atomically
 
 __all__ = ["DistilledModel", "distil"]
@@ -246,18 +246,13 @@ def _carry_out_stage(
     stage: AlignmentStage | LogitStage = getattr(run, name)
     student = plan.student
     set_seed(run.seed + seed)
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if is_main_process():
-        folder.mkdir(exist_ok=True)
-        if checkpoint:
-            logger.info("resuming stage %s from %s", name, checkpoint)
-    history = TrainingHistory(folder if is_main_process() else None, resume_step=done)
+    kept = StageFolder.begin(folder, resume=resume)
     rank = stage.lora_rank if isinstance(stage, LogitStage) else None
     with training_only(student, stage.trainable, lora_rank=rank):
-        if checkpoint is not None and done >= steps:
-            load_weights(student, checkpoint)
-            return history
+        finished = kept.result_of(steps)
+        if finished is not None:
+            load_weights(student, finished)
+            return kept.history
         curriculum = stage.trans_point_schedule
 
         def schedule_at(step: int) -> TransPointSchedule:
@@ -281,14 +276,14 @@ def _carry_out_stage(
                 validation=plan.validation,
                 evaluate_fn=lambda model, dataset: _validate_at(model, dataset, run, plan.target),
                 tokenizer=plan.tokenizer,
-                history=history,
-                checkpoint=checkpoint,
+                history=kept.history,
+                checkpoint=kept.checkpoint,
                 description=f"Stage {folder.name}",
                 keep_checkpoints=run.keep_checkpoints,
                 loss_fn=_objective(run, plan, stage, name, device),
                 callbacks=[MovingTransPoints(student, schedule_at)],
             )
-    return history
+    return kept.history
 
 
 @contextmanager

@@ -1,21 +1,51 @@
 """Training one model with the Trainer: what runs of every kind share once data, loss and arguments are known."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from transmamba.progress import without_progress_bars
-from transmamba.recipes.training_run import TrainingRun
+from transmamba.recipes.training_run import TrainingRun, is_main_process
 from transmamba.tasks import evaluate_language_model
-from transmamba.training import TrainingHistory, TrainingProgress, TransMambaTrainer
+from transmamba.training import TrainingHistory, TrainingProgress, TransMambaTrainer, last_complete_checkpoint
 from transmamba.training.progress import tensorboard_callbacks
 from transmamba.training.trainer import EvaluateFunction, LossFunction, causal_lm_loss
 
-__all__ = ["fit", "validate"]
+__all__ = ["StageFolder", "fit", "validate"]
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFolder:
+    """Where one of the trainings of a run keeps its history and checkpoints. step: the last checkpoint's, 0 without."""
+
+    folder: Path
+    history: TrainingHistory
+    checkpoint: Path | None
+    step: int
+
+    @staticmethod
+    def begin(folder: Path, *, resume: bool) -> "StageFolder":
+        """A new one, or with `resume` the one whose last complete checkpoint lies in the folder."""
+        checkpoint = last_complete_checkpoint(folder) if resume else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if is_main_process():
+            folder.mkdir(exist_ok=True)
+            if checkpoint:
+                logger.info("resuming %s from %s", folder.name, checkpoint)
+        history = TrainingHistory(folder if is_main_process() else None, resume_step=step)
+        return StageFolder(folder=folder, history=history, checkpoint=checkpoint, step=step)
+
+    def result_of(self, steps: int) -> Path | None:
+        """The checkpoint that is the result, where no step is left to take."""
+        return self.checkpoint if self.step >= steps else None
 
 
 def fit(
