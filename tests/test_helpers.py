@@ -1,4 +1,4 @@
-"""The helpers themselves: an error measure that hides nothing, and scratch memory that is really NaN."""
+"""The helpers themselves: error measures that hide nothing, and scratch memory that is really NaN."""
 
 import math
 
@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from tests.helpers import fill_scratch_with_nan, relative_rms_error
+from tests.ops.cases import FAULT_FACTOR, FP64_BOUND, gradients, ssd_inputs
+from tests.ops.kernels import rate_error
+from tests.ops.oracle import oracle_scan
 
 
 def test_error_is_relative_to_the_exact_value() -> None:
@@ -61,3 +64,12 @@ def test_gradcheck_works_over_nan_scratch(monkeypatch: pytest.MonkeyPatch) -> No
     fill_scratch_with_nan(monkeypatch)
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(torch.sin, (x,))
+
+
+@pytest.mark.parametrize("borders", [None, [0, 0, 3, 4, 20]], ids=["dense", "packed"])
+def test_what_tokens_contribute_to_rates_adds_up_to_their_gradient(borders: list[int] | None) -> None:
+    shape = {"batch": 1, "rows": 4} if borders else {"batch": 2}
+    inputs = ssd_inputs((4, 2, 2, 4), seq_len=20, **shape)
+    gradient = gradients(oracle_scan, inputs, cu_seqlens=borders)[list(inputs).index("A")]
+    assert rate_error(gradient, inputs, cu_seqlens=borders) < FP64_BOUND
+    assert rate_error(1.1 * gradient, inputs, cu_seqlens=borders) > FAULT_FACTOR * FP64_BOUND

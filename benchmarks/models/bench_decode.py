@@ -12,26 +12,24 @@ kernels: ours, plain (torch's own), or both. Results go to $OUT, or benchmarks/r
 import argparse
 import json
 import os
-import platform
-import statistics
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from transmamba import TransMambaConfig, TransMambaForCausalLM, TransPointSchedule
-from transmamba.benchmarking import recorded_error
+from transmamba.benchmarking import measure_rates, provenance, recorded_error, time_call
 from transmamba.inference import measure_steps
 from transmamba.ops import attention_step
 from transmamba.ops.backends import trust_kernels
@@ -49,7 +47,7 @@ def main() -> None:
         sys.exit("bench_decode needs a CUDA device; --dry runs it small on a CPU.")
     began = time.perf_counter()
     torch.manual_seed(0)
-    result = provenance(options)
+    result = what_is_measured(options)
     with torch.no_grad():
         measure(options, result, began)
     print(f"done in {time.perf_counter() - began:.0f} s")
@@ -69,7 +67,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any], began: float) -
     if not usable:
         sys.exit("nothing agrees with fp64, so nothing is timed.")
     if options.device == "cuda":
-        result["copy_tb_s"] = round(copy_bandwidth() / 1e12, 3)
+        result["copy_tb_s"] = round(measure_rates(torch.device(options.device)).copy_bytes / 1e12, 3)
     model = build(options)
     weights = sum(x.numel() * x.element_size() for x in model.parameters()) - model.model.embed_tokens.weight.nbytes
     result["weight_bytes"] = weights
@@ -89,7 +87,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any], began: float) -
     for kind in usable:
         run(model, schedules["v9"], "v9", largest["v9"], kind, options, result, began)
     for batch in sorted({*options.batch, largest["transformer"]}):
-        attentions = tried(lambda batch=batch: time_attentions(batch, options))
+        attentions = tried(partial(time_attentions, batch, options))
         print(f"attention of one layer, batch {batch}, ms: {attentions}", flush=True)
         result["attention_ms"][str(batch)] = attentions
         write(result)
@@ -235,12 +233,12 @@ def time_attentions(batch: int, options: argparse.Namespace) -> dict[str, float]
     exact = attention_step(*(x[row].double() for x in (q, keys, values)), lengths[row], backend="torch")
     found = {}
     for name, attend in attention_forms().items():
-        y = tried(lambda attend=attend: attend(q, keys, values, lengths))
+        y = tried(partial(attend, q, keys, values, lengths))
         error = y if isinstance(y, str) else ((y[row].double() - exact).norm() / exact.norm()).item()
         if not isinstance(error, float) or not error < 2**-6:
             print(f"    {name} is left out: {error}", flush=True)
             continue
-        found[name] = round(median_ms(lambda attend=attend: attend(q, keys, values, lengths), options.device), 4)
+        found[name] = time_call(partial(attend, q, keys, values, lengths), q.device).median
     return found
 
 
@@ -268,30 +266,6 @@ def tried(call: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def median_ms(call: Callable[[], Any], device: str, repeats: int = 20) -> float:
-    for _ in range(3):
-        call()
-    if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    source = torch.randint(127, (2**31,), dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source), "cuda") * 1e3
-
-
 def free_memory(device: str) -> None:
     if device == "cuda":
         import gc
@@ -300,26 +274,15 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def provenance(options: argparse.Namespace) -> dict[str, Any]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if options.device == "cuda":
-        versions["triton"] = import_module("triton").__version__
-    return {
-        "benchmark": "models/bench_decode",
-        "command": f"python {' '.join(['benchmarks/models/bench_decode.py', *sys.argv[1:]])}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "cuda": torch.version.cuda,
-        "versions": versions,
+def what_is_measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Provenance, and room for the numbers."""
+    command = shlex.join(["python", "benchmarks/models/bench_decode.py", *sys.argv[1:]])
+    sizes = ("layers", "hidden", "mlp", "heads", "vocab", "context", "trained")
+    return provenance(torch.device(options.device), command) | {
         "dtype": "bfloat16, states float32",
-        "sizes": {
-            name: getattr(options, name) for name in ("layers", "hidden", "mlp", "heads", "vocab", "context", "trained")
-        },
-        "milliseconds": "step: median of single replayed steps between events; loop: a greedy loop by the clock",
+        "sizes": {name: getattr(options, name) for name in sizes},
+        "milliseconds": "step: median of single replayed steps between events; loop: a greedy loop by the clock; "
+        "attention: median of device time, caches cleared before each run",
         "checks": {},
         "attention_ms": {},
         "rows": [],
@@ -329,7 +292,8 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
 
 def write(result: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    device = result["device"].removeprefix("NVIDIA ").split()[0].lower()
+    words = result["device"].removeprefix("NVIDIA ").lower().split()
+    device = words[0] if result["cuda"] else "cpu"
     path = RESULTS / f"decode_{device}_{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -9,16 +9,14 @@ Medians and spread (the quartiles) go to the terminal, and with device, versions
 
 import argparse
 import json
-import platform
+import shlex
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import torch
-from bench_ops import GATE_BOUND, RESULTS, Inputs, device_name, outputs_and_gradients, timed
+from bench_ops import GATE_BOUND, RESULTS, Inputs, outputs_and_gradients, timed
 from torch import Tensor
 
+from transmamba.benchmarking import provenance
 from transmamba.ops import selective_scan
 from transmamba.ops.selective_scan import selective_scan_torch
 
@@ -41,18 +39,8 @@ def main() -> None:
     error = disagreement(device)
     if not error < GATE_BOUND:
         sys.exit(f"selective_scan differs from the reference by {error:.2g}, more than {GATE_BOUND:.0g}.")
-    result: dict[str, Any] = {
-        "benchmark": "ops/bench_selective_scan",
-        "command": f"python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "dtype": "float32",
-        "milliseconds": "median [first quartile, third quartile]; cpu: processor time of the process, median",
-        "error": float(f"{error:.2g}"),
-        "rows": [],
-    }
+    command = shlex.join(["python", "benchmarks/ops/bench_selective_scan.py", *sys.argv[1:]])
+    result = provenance(device, command) | {"dtype": "float32", "error": float(f"{error:.2g}"), "rows": []}
     implementation = sys.modules[selective_scan_torch.__module__]
     for power in options.numbers or [None]:
         if power is not None:
@@ -62,7 +50,7 @@ def main() -> None:
                 row = {"shape": name, "numbers": power, "pass": "both" if backward else "forward"}
                 row |= timed(scan, inputs_of(shape, device), backward, device, options.seconds)
                 result["rows"].append(row)
-                print("{shape:30s} {numbers!s:8s} {pass:8s} {median:9.2f} {quartiles}   cpu {cpu:9.2f}".format(**row))
+                print("{shape:30s} {numbers!s:8s} {pass:8s} {median:9.2f} {quartiles}   host {host:9.2f}".format(**row))
     path = RESULTS / f"{options.name}_{device.type}_{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")

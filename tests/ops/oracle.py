@@ -32,12 +32,12 @@ def oracle_scan(
     cu_seqlens: Sequence[int] | None = None,
     fault: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, final state)."""
+    """Return (y, final state). A is (heads,), or has the shape of dt, so that each token's gradient is told apart."""
     if cu_seqlens is not None:
         parts = [
             oracle_scan(
                 *(x[:, start:end] for x in (q, k, v, dt)),
-                A,
+                A if A.dim() == 1 else A[:, start:end],
                 D,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
                 fault=fault,

@@ -1,5 +1,6 @@
 """Gradients of a sequence read in two parts: equal to those of slices, and not copied where they lie in their room."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -38,22 +39,26 @@ class Second(torch.autograd.Function):
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Addresses of all rooms that are made."""
-    addresses: list[int] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """All rooms that are made, kept, so that no other tensor comes to lie where one was."""
+    kept: list[Tensor] = []
     make = Rooms.make
 
     def spy(self: Rooms, *seconds: Tensor) -> list[Tensor]:
         rooms = make(self, *seconds)
-        addresses.extend(whole.data_ptr() for whole in self._wholes)
+        kept.extend(self._wholes)
         return rooms
 
     monkeypatch.setattr(Rooms, "make", spy)
-    return addresses
+    return kept
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
 
 
 @pytest.mark.parametrize("reads", ["first", "second", "both", "second twice"])
-def test_gradients_are_those_of_slices(made: list[int], reads: str) -> None:
+def test_gradients_are_those_of_slices(made: list[Tensor], reads: str) -> None:
     x = torch.randn(SIZE, dtype=torch.float64, requires_grad=True)
     rooms = Rooms(4)
     ((first, second),) = rooms.split(x)
@@ -71,21 +76,21 @@ def test_gradients_are_those_of_slices(made: list[int], reads: str) -> None:
     for _ in range(2):
         (found,) = torch.autograd.grad(loss, x, retain_graph=True)
         assert torch.allclose(found, exact, rtol=1e-12)
-        assert (found.data_ptr() in made) == (reads in ("second", "both"))
+        assert (found.data_ptr() in addresses(made)) == (reads in ("second", "both"))
         assert not rooms._wholes  # or they would live as long as the graph
 
 
 @needs_triton
 @pytest.mark.parametrize("heads", [(2, 2, 2, 2), (4, 2, 2, 4)], ids=["equal", "grouped-query"])
 def test_the_hybrid_writes_gradients_into_their_rooms(
-    monkeypatch: pytest.MonkeyPatch, made: list[int], heads: tuple[int, int, int, int]
+    monkeypatch: pytest.MonkeyPatch, made: list[Tensor], heads: tuple[int, int, int, int]
 ) -> None:
     inputs = without(ssd_inputs(heads, seq_len=21, state_size=16, head_dim=16, dtype=torch.float32), "initial_state")
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     with short_chunks(monkeypatch):
         y = hybrid_mixer(**leaves, trans_point=5, backend="triton")
         found = torch.autograd.grad(y.square().sum(), [leaves[name] for name in ("q", "k", "v")])
-    assert [x.data_ptr() for x in found] == made
+    assert addresses(found) == addresses(made)
 
 
 @needs_triton

@@ -28,7 +28,7 @@ Call = Callable[[], Any]
 CACHE_BYTES = 2**28  # cleared before each run; five times the cache of an H100 or H200
 FEWEST_RUNS = 5
 MOST_RUNS = 200
-PACKAGES = ("torch", "triton", "transformers", "mamba_ssm", "flash-linear-attention")
+PACKAGES = ("triton", "transformers", "mamba_ssm", "flash-linear-attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
     """What a number needs to be believed later: command, device, versions, date."""
-    here = {"transmamba": __version__, "python": platform.python_version()}
+    # The version of the installed package leaves out the build of torch, such as +cu130.
+    here = {"transmamba": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             here[package] = version(package)

@@ -116,8 +116,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def provenance(device: str) -> dict[str, Any]:
     """With what, and by which command, something was made on a device of this type."""
-    packages = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-    versions = {"python": platform.python_version(), "transmamba": __version__}
+    packages = ("transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+    versions = {"python": platform.python_version(), "transmamba": __version__, "torch": str(torch.__version__)}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "versions": versions | {name: version(name) for name in packages},

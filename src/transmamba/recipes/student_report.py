@@ -146,7 +146,8 @@ def report_student(
         versions={
             "transmamba": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
+            "torch": str(torch.__version__),
+            "transformers": version("transformers"),
         },
         device=_device_name(chosen),
         command=shlex.join(["transmamba", *sys.argv[1:]]),

@@ -113,7 +113,8 @@ def run_vision_quickstart(
         versions={
             "transmamba": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
+            "torch": str(torch.__version__),
+            "transformers": version("transformers"),
             "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
         },
         seed=seed,
