@@ -35,7 +35,6 @@ from transmamba.ops import attention_step
 from transmamba.ops.backends import trust_kernels
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "results")
-ROOM = 110e9  # bytes, the most that weights, cache and the step itself may take
 BOUND = 2**-5  # relative error of bf16 logits after some layers; a lost token is above 1e-1
 CROSSING = TransPointSchedule([0, 70, 45, None])  # of the check's model: rows cross TransPoints while decoding
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -82,7 +81,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any], began: float) -
         for kind in usable:
             run(model, schedules["v9"], "v9", batch, kind, options, result, began)
     largest = {name: largest_batch(model, schedule, options, weights) for name, schedule in schedules.items()}
-    print(f"largest batches within {ROOM / 1e9:.0f} GB: {largest}", flush=True)
+    print(f"largest batches within {options.room:g} GB: {largest}", flush=True)
     result["largest_batch"] = largest
     for kind in usable:
         run(model, schedules["v9"], "v9", largest["v9"], kind, options, result, began)
@@ -192,7 +191,7 @@ def largest_batch(
         places = 0 if switched else options.context if point is None else min(point, options.context)
         each += places * width + (c.conv_kernel + 32 * (0 not in list(schedule))) * channels * 2
         each += 0 if point is None else places * 4 * c.num_state_heads + 4 * c.num_state_heads * c.head_dim**2
-    fits = int((0.97 * ROOM - weights) / each)
+    fits = int((0.97e9 * options.room - weights) / each)
     fits = min(fits, options.most)
     return max(1, fits if fits < 32 else fits // 16 * 16)
 
@@ -304,6 +303,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--most", type=int, default=10_000, help="rows of the largest batch at most")
     parser.add_argument("--steps", type=int, default=32, help="timed in each of three rounds")
+    parser.add_argument("--room", type=float, default=110.0, help="GB that weights, cache and the step may take at most")
     parser.add_argument("--dry", action="store_true", help="small, on a CPU, to see that it runs")
     options = parser.parse_args()
     big = {"layers": 64, "hidden": 1536, "mlp": 4096, "heads": 16, "vocab": 32_000, "context": 32_768, "trained": 8192}
