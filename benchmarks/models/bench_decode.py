@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -32,7 +32,7 @@ from transmamba import TransMambaConfig, TransMambaForCausalLM, TransPointSchedu
 from transmamba.benchmarking import measure_rates, provenance, recorded_error, time_call
 from transmamba.inference import measure_steps
 from transmamba.ops import attention_step
-from transmamba.ops.backends import trust_kernels
+from transmamba.ops.backends import prefer
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "results")
 BOUND = 2**-5  # relative error of bf16 logits after some layers; a lost token is above 1e-1
@@ -254,7 +254,7 @@ def replaced_attention(attend: Attention) -> Iterator[None]:
 
 
 def kernels(kind: str) -> Any:
-    return trust_kernels() if kind == "ours" else nullcontext()
+    return prefer("triton" if kind == "ours" else "torch")
 
 
 def tried(call: Callable[[], Any]) -> Any:
@@ -303,7 +303,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--most", type=int, default=10_000, help="rows of the largest batch at most")
     parser.add_argument("--steps", type=int, default=32, help="timed in each of three rounds")
-    parser.add_argument("--room", type=float, default=110.0, help="GB that weights, cache and the step may take at most")
+    parser.add_argument(
+        "--room", type=float, default=110.0, help="GB that weights, cache and the step may take at most"
+    )
     parser.add_argument("--dry", action="store_true", help="small, on a CPU, to see that it runs")
     options = parser.parse_args()
     big = {"layers": 64, "hidden": 1536, "mlp": 4096, "heads": 16, "vocab": 32_000, "context": 32_768, "trained": 8192}
