@@ -304,7 +304,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=10_000, help="rows of the largest batch at most")
     parser.add_argument("--steps", type=int, default=32, help="timed in each of three rounds")
     parser.add_argument(
-        "--room", type=float, default=110.0, help="GB that weights, cache and the step may take at most"
+        "--room", type=float, default=110.0, help="GB for weights, cache and the step"
     )
     parser.add_argument("--dry", action="store_true", help="small, on a CPU, to see that it runs")
     options = parser.parse_args()
