@@ -66,7 +66,10 @@ def test_every_size(size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("state_size", "head_dim"), [(64, 128), (128, 64), (20, 37), (16, 256)])
+@pytest.mark.parametrize(
+    ("state_size", "head_dim"),
+    [(64, 128), (128, 64), (20, 37), (16, 256), (33, 32), (64, 16), (128, 32), (256, 48), (32, 16)],
+)
 def test_states_need_not_be_square(state_size: int, head_dim: int, dtype: torch.dtype) -> None:
     check(dtype, HEADS["grouped-query"], seq_len=261, state_size=state_size, head_dim=head_dim)
 

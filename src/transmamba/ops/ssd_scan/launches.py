@@ -63,7 +63,7 @@ def tuning_of(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
 
 
 def _rule(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
-    n, p = _block(state_size), _block(head_dim)
+    n, p = _blocks(state_size, head_dim)
     if dtype != torch.bfloat16:  # operands of 32 bits
         launch = Launch(block=min(p, 32 if n > 64 else 64), warps=4, stages=1)
         return Tuning(chunk=32, programs=256, states=launch, forward=launch, gradients=launch)
@@ -165,7 +165,7 @@ class Job:
         return self._constants(block_n, self.tuning.gradients) | {"BLOCKS_N": -(-self.n // block_n)}
 
     def _constants(self, block_n: int, launch: Launch) -> dict[str, Any]:
-        block_p = min(launch.block, _block(self.p))
+        block_p = min(launch.block, _blocks(self.n, self.p)[1])
         # tf32 holds all bits of fp16 and has the range of fp32; three products of it are as good as fp32.
         precision = {torch.bfloat16: "ieee", torch.float16: "tf32"}.get(self.dtype, "tf32x3")
         # The interpreter knows no registers.
@@ -627,6 +627,15 @@ def _readable(x: Tensor) -> Tensor:
 def _block(size: int) -> int:
     """The tile that holds `size`: matrix units want powers of two, 16 at least."""
     return max(16, triton.next_power_of_2(size))
+
+
+def _blocks(n: int, p: int) -> tuple[int, int]:
+    """Tiles that hold a state's n and p, p's no narrower than n's up to 64.
+
+    With tiles of 64 x 32 Triton 3.6 made gradients of bf16 wrong on Hopper, and read outside the memory.
+    """
+    block_n = _block(n)
+    return block_n, max(_block(p), min(64, block_n))
 
 
 @lru_cache(maxsize=256)  # the layers of a model ask for few, at every step
