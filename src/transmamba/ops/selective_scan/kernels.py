@@ -37,8 +37,20 @@ def over_states(x):
 
 
 @triton.jit
-def over_channels(x):
-    return tl.sum(x, axis=2, keep_dims=True)
+def over_channels(x, N: tl.constexpr, D: tl.constexpr):
+    """Sums (N,) of a tile, which trades places first: states go to threads, and the channels to add into each thread.
+
+    tl.split wants both halves in one thread, so that the compiler moves the tile there, once through shared memory;
+    log2(D) exchanges of every state would cost four times as many instructions.
+    """
+    PARTS: tl.constexpr = 32 // N if N < 32 else 1  # threads to a state
+    EACH: tl.constexpr = D // PARTS
+    if EACH == 1:
+        sums = tl.sum(tl.reshape(x, (N, D)), axis=1)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (N, PARTS, EACH // 2, 2)), (2, 1, 0, 3)))
+        sums = tl.sum(tl.sum(even + odd, axis=0), axis=0)
+    return sums
 
 
 @triton.jit
@@ -404,7 +416,8 @@ def gradient_kernel(
     du += written
     ddelta += written
     dz += written
-    parts = (((batch * groups + group) * blocks + block) * tokens + start) * states + n
+    line = tl.arange(0, NI * NL)
+    parts = (((batch * groups + group) * blocks + block) * tokens + start) * states + line
     dB += parts
     dC += parts
     chunk_states += first_chunk * plane_size + plane
@@ -445,7 +458,7 @@ def gradient_kernel(
                 h_s += (h_s[i] * tl.exp2(rate * (step * LOG2_E)) + writes * (step * u_s[i].to(tl.float32)),)
         for i in tl.static_range(T - 1, -1, -1):
             t = chunk * T + i
-            here, there = d < tl.where(t < count, rest, 0), n < tl.where(t < count, states, 0)
+            here, there = d < tl.where(t < count, rest, 0), line < tl.where(t < count, states, 0)
             x, step = u_s[i].to(tl.float32), step_s[i]
             at = tl.minimum(i, count - 1 - chunk * T)
             reads = tl.load(C + at * C_t, mask=of_n, other=0.0)
@@ -462,9 +475,9 @@ def gradient_kernel(
                 of_gate = of_output * out * (open_ * (1.0 + gate * (1.0 - open_)))
                 tl.store(dz + i * dim, of_gate.to(dz.dtype.element_ty), mask=here)
                 of_output *= gate * open_
-            tl.store(dC + i * states, over_channels(h * of_output), mask=there)
+            tl.store(dC + i * states, over_channels(h * of_output, NI * NL, D), mask=there)
             g += reads * of_output
-            tl.store(dB + i * states, over_channels(g * (step * x)), mask=there)
+            tl.store(dB + i * states, over_channels(g * (step * x), NI * NL, D), mask=there)
             of_written = over_states(g * writes)
             of_u = of_written * step
             if SKIP:
