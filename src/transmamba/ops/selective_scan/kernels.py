@@ -32,13 +32,35 @@ def places_of(NI: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def load_states(place, of_n, EVEN: tl.constexpr):
+    """B or C of one token; EVEN: a tile holds no states but the scan's, and nothing is to be masked."""
+    if EVEN:
+        states = tl.load(place)
+    else:
+        states = tl.load(place, mask=of_n, other=0.0)
+    return states
+
+
+@triton.jit
 def over_states(x):
     return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=1, keep_dims=True)
 
 
 @triton.jit
-def over_channels(x):
-    return tl.sum(x, axis=2, keep_dims=True)
+def over_channels(x, N: tl.constexpr, D: tl.constexpr):
+    """Sums (N,) of a tile, which trades places first: states go to threads, and the channels to add into each thread.
+
+    tl.split wants both halves in one thread, so that the compiler moves the tile there, once through shared memory;
+    log2(D) exchanges of every state would cost four times as many instructions.
+    """
+    PARTS: tl.constexpr = 32 // N if N < 32 else 1  # threads to a state
+    EACH: tl.constexpr = D // PARTS
+    if EACH == 1:
+        sums = tl.sum(tl.reshape(x, (N, D)), axis=1)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (N, PARTS, EACH // 2, 2)), (2, 1, 0, 3)))
+        sums = tl.sum(tl.sum(even + odd, axis=0), axis=0)
+    return sums
 
 
 @triton.jit
@@ -125,6 +147,7 @@ def scan_kernel(
     NI: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Carry states over a segment: h <- exp(step A) h + step u B, y = (C . h + D u) silu(z).
 
@@ -136,42 +159,44 @@ def scan_kernel(
     batch, start, count, first_chunk, row, _, is_last = segment_of(segments, segment)
     n, d = places_of(NI, NL, D)
     of_n, of_d = n < states, d < rest
-    plane = n.to(tl.int64) * dim + channel + d
+    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
+    plane, tile = n.to(tl.int64) * dim + channel + d, n * D + d
     stored = of_n & of_d
     plane_size = tl.cast(states, tl.int64) * dim
     rate = tl.load(A + plane, mask=stored, other=0.0) * LOG2_E
     shift = tl.zeros((1, 1, D), tl.float32)
     if BIAS:
-        shift = tl.load(bias + channel + d, mask=of_d, other=0.0).to(tl.float32)
+        shift = tl.load(bias + read).to(tl.float32)
     weight = tl.zeros((1, 1, D), tl.float32)
     if SKIP:
-        weight = tl.load(skip + channel + d, mask=of_d, other=0.0).to(tl.float32)
+        weight = tl.load(skip + read).to(tl.float32)
     h = tl.zeros((NI, NL, D), tl.float32)
     if ENTERING:
         origin = row if BY_ROW else segment.to(tl.int64)
         h = tl.load(entering + origin * plane_size + plane, mask=stored, other=0.0)
-    u += batch * u_b + start * u_t + channel + d
-    delta += batch * delta_b + start * delta_t + channel + d
-    z += batch * z_b + start * z_t + channel + d
+    u += batch * u_b + start * u_t + read
+    delta += batch * delta_b + start * delta_t + read
+    z += batch * z_b + start * z_t + read
     y += batch * y_b + start * y_t + channel + d
     B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_t + n
     C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
-    chunk_states += first_chunk * plane_size + plane
+    chunk_size = blocks * groups * (NI * NL * D)
+    chunk_states += first_chunk * chunk_size + tl.program_id(0) % (blocks * groups) * (NI * NL * D) + tile
     steps = tl.zeros((1, 1, D), tl.float32)
     for first in range(0, count, T):
         u_s, step_s, B_s, C_s, z_s = (), (), (), (), ()
         for i in tl.static_range(T):
             # Behind the end the last token stands in: its step is 0.
             at = tl.minimum(i, count - 1 - first)
-            u_s += (tl.load(u + at * u_t, mask=of_d, other=0.0),)
-            step_s += (tl.load(delta + at * delta_t, mask=of_d, other=0.0),)
-            B_s += (tl.load(B + at * B_t, mask=of_n, other=0.0),)
+            u_s += (tl.load(u + at * u_t),)
+            step_s += (tl.load(delta + at * delta_t),)
+            B_s += (load_states(B + at * B_t, of_n, EVEN),)
             if STORE_Y:
-                C_s += (tl.load(C + at * C_t, mask=of_n, other=0.0),)
+                C_s += (load_states(C + at * C_t, of_n, EVEN),)
                 if GATE:
-                    z_s += (tl.load(z + at * z_t, mask=of_d, other=0.0),)
+                    z_s += (tl.load(z + at * z_t),)
         if STORE_CHUNKS:
-            tl.store(chunk_states, h, mask=stored)
+            tl.store(chunk_states, h)
         for i in tl.static_range(T):
             t = first + i
             x = u_s[i].to(tl.float32)
@@ -193,7 +218,7 @@ def scan_kernel(
         C += T * C_t
         z += T * z_t
         y += T * y_t
-        chunk_states += plane_size
+        chunk_states += chunk_size
     if STORE_LEFT:
         tl.store(left + segment.to(tl.int64) * plane_size + plane, h, mask=stored)
         tl.store(total + segment.to(tl.int64) * dim + channel + d, steps, mask=of_d)
@@ -234,20 +259,22 @@ def costate_kernel(
     NI: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """What a segment adds to the gradient of the state that enters it: g <- exp(step A) (g + C dy), from its end."""
     segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, D)
     batch, start, count, _, _, _, _ = segment_of(segments, segment)
     n, d = places_of(NI, NL, D)
     of_n, of_d = n < states, d < rest
+    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
     plane = n.to(tl.int64) * dim + channel + d
     rate = tl.load(A + plane, mask=of_n & of_d, other=0.0) * LOG2_E
     shift = tl.zeros((1, 1, D), tl.float32)
     if BIAS:
-        shift = tl.load(bias + channel + d, mask=of_d, other=0.0).to(tl.float32)
-    delta += batch * delta_b + start * delta_t + channel + d
-    z += batch * z_b + start * z_t + channel + d
-    dy += batch * dy_b + start * dy_t + channel + d
+        shift = tl.load(bias + read).to(tl.float32)
+    delta += batch * delta_b + start * delta_t + read
+    z += batch * z_b + start * z_t + read
+    dy += batch * dy_b + start * dy_t + read
     C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
     g = tl.zeros((NI, NL, D), tl.float32)
     chunks = tl.cdiv(count, T)
@@ -262,11 +289,11 @@ def costate_kernel(
         for i in tl.static_range(T):
             # Behind the end the last token stands in: its step is 0.
             at = tl.minimum(i, count - 1 - first)
-            step_s += (tl.load(delta + at * delta_t, mask=of_d, other=0.0),)
-            dy_s += (tl.load(dy + at * dy_t, mask=of_d, other=0.0),)
-            C_s += (tl.load(C + at * C_t, mask=of_n, other=0.0),)
+            step_s += (tl.load(delta + at * delta_t),)
+            dy_s += (tl.load(dy + at * dy_t),)
+            C_s += (load_states(C + at * C_t, of_n, EVEN),)
             if GATE:
-                z_s += (tl.load(z + at * z_t, mask=of_d, other=0.0),)
+                z_s += (tl.load(z + at * z_t),)
         for i in tl.static_range(T - 1, -1, -1):
             step = step_of(raw_step(step_s[i], shift), first + i < count, SOFTPLUS)
             read = tl.where(first + i < count, dy_s[i].to(tl.float32), 0.0)
@@ -368,6 +395,7 @@ def gradient_kernel(
     NI: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Gradients of one block of channels over one segment, from its end, from the states that enter each T tokens.
 
@@ -380,34 +408,37 @@ def gradient_kernel(
     batch, start, count, first_chunk, row, is_first, _ = segment_of(segments, segment)
     n, d = places_of(NI, NL, D)
     of_n, of_d = n < states, d < rest
-    plane = n.to(tl.int64) * dim + channel + d
+    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
+    plane, tile = n.to(tl.int64) * dim + channel + d, n * D + d
     stored = of_n & of_d
     plane_size = tl.cast(states, tl.int64) * dim
     rate = tl.load(A + plane, mask=stored, other=0.0)
     shift = tl.zeros((1, 1, D), tl.float32)
     if BIAS:
-        shift = tl.load(bias + channel + d, mask=of_d, other=0.0).to(tl.float32)
+        shift = tl.load(bias + read).to(tl.float32)
     weight = tl.zeros((1, 1, D), tl.float32)
     if SKIP:
-        weight = tl.load(skip + channel + d, mask=of_d, other=0.0).to(tl.float32)
+        weight = tl.load(skip + read).to(tl.float32)
     g = tl.zeros((NI, NL, D), tl.float32)
     if LEAVING:
         origin = row if BY_ROW else segment.to(tl.int64)
         g = tl.load(leaving + origin * plane_size + plane, mask=stored, other=0.0)
-    u += batch * u_b + start * u_t + channel + d
-    delta += batch * delta_b + start * delta_t + channel + d
-    z += batch * z_b + start * z_t + channel + d
-    dy += batch * dy_b + start * dy_t + channel + d
+    u += batch * u_b + start * u_t + read
+    delta += batch * delta_b + start * delta_t + read
+    z += batch * z_b + start * z_t + read
+    dy += batch * dy_b + start * dy_t + read
     B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_t + n
     C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
     written = (batch * tokens + start) * dim + channel + d
     du += written
     ddelta += written
     dz += written
-    parts = (((batch * groups + group) * blocks + block) * tokens + start) * states + n
+    line = tl.arange(0, NI * NL)
+    parts = (((batch * groups + group) * blocks + block) * tokens + start) * states + line
     dB += parts
     dC += parts
-    chunk_states += first_chunk * plane_size + plane
+    chunk_size = blocks * groups * (NI * NL * D)
+    chunk_states += first_chunk * chunk_size + tl.program_id(0) % (blocks * groups) * (NI * NL * D) + tile
     rate_sum = tl.zeros((NI, NL, D), tl.float32)
     skip_sum = tl.zeros((1, 1, D), tl.float32)
     bias_sum = tl.zeros((1, 1, D), tl.float32)
@@ -424,33 +455,33 @@ def gradient_kernel(
     dz += last * dim
     dB += last * states
     dC += last * states
-    chunk_states += (chunks - 1) * plane_size
+    chunk_states += tl.cast(chunks - 1, tl.int64) * chunk_size
     for j in range(0, chunks):
         chunk = chunks - 1 - j
         u_s, raw_s, step_s, z_s, dy_s = (), (), (), (), ()
-        h_s = (tl.load(chunk_states, mask=stored, other=0.0),)
+        h_s = (tl.load(chunk_states),)
         for i in tl.static_range(T):
             at = tl.minimum(i, count - 1 - chunk * T)  # behind the end the last token stands in: its step is 0
-            u_s += (tl.load(u + at * u_t, mask=of_d, other=0.0),)
-            raw_s += (tl.load(delta + at * delta_t, mask=of_d, other=0.0),)
-            dy_s += (tl.load(dy + at * dy_t, mask=of_d, other=0.0),)
+            u_s += (tl.load(u + at * u_t),)
+            raw_s += (tl.load(delta + at * delta_t),)
+            dy_s += (tl.load(dy + at * dy_t),)
             if GATE:
-                z_s += (tl.load(z + at * z_t, mask=of_d, other=0.0),)
+                z_s += (tl.load(z + at * z_t),)
         for i in tl.static_range(T):
             at = tl.minimum(i, count - 1 - chunk * T)
             step = step_of(raw_step(raw_s[i], shift), chunk * T + i < count, SOFTPLUS)
             step_s += (step,)
             if i < T - 1:
-                writes = tl.load(B + at * B_t, mask=of_n, other=0.0)
+                writes = load_states(B + at * B_t, of_n, EVEN)
                 h_s += (h_s[i] * tl.exp2(rate * (step * LOG2_E)) + writes * (step * u_s[i].to(tl.float32)),)
         for i in tl.static_range(T - 1, -1, -1):
             t = chunk * T + i
-            here, there = d < tl.where(t < count, rest, 0), n < tl.where(t < count, states, 0)
+            here, there = d < tl.where(t < count, rest, 0), line < tl.where(t < count, states, 0)
             x, step = u_s[i].to(tl.float32), step_s[i]
             at = tl.minimum(i, count - 1 - chunk * T)
-            reads = tl.load(C + at * C_t, mask=of_n, other=0.0)
-            writes = tl.load(B + at * B_t, mask=of_n, other=0.0)
-            of_output = tl.where(t < count, dy_s[i].to(tl.float32), 0.0)
+            reads = load_states(C + at * C_t, of_n, EVEN)
+            writes = load_states(B + at * B_t, of_n, EVEN)
+            of_output = tl.where(here, dy_s[i].to(tl.float32), 0.0)
             remains = h_s[i] * tl.exp2(rate * (step * LOG2_E))
             h = remains + writes * (step * x)
             if GATE:
@@ -462,9 +493,9 @@ def gradient_kernel(
                 of_gate = of_output * out * (open_ * (1.0 + gate * (1.0 - open_)))
                 tl.store(dz + i * dim, of_gate.to(dz.dtype.element_ty), mask=here)
                 of_output *= gate * open_
-            tl.store(dC + i * states, over_channels(h * of_output), mask=there)
+            tl.store(dC + i * states, over_channels(h * of_output, NI * NL, D), mask=there)
             g += reads * of_output
-            tl.store(dB + i * states, over_channels(g * (step * x)), mask=there)
+            tl.store(dB + i * states, over_channels(g * (step * x), NI * NL, D), mask=there)
             of_written = over_states(g * writes)
             of_u = of_written * step
             if SKIP:
@@ -490,7 +521,7 @@ def gradient_kernel(
         dz -= T * dim
         dB -= T * states
         dC -= T * states
-        chunk_states -= plane_size
+        chunk_states -= chunk_size
     tl.store(dA + segment.to(tl.int64) * plane_size + plane, rate_sum, mask=stored)
     if SKIP:
         tl.store(dskip + segment.to(tl.int64) * dim + channel + d, skip_sum, mask=of_d)

@@ -45,6 +45,7 @@ class Tuning:
             "NI": self.states,
             "NL": triton.next_power_of_2(state_size) // self.states,
             "D": self.channels,
+            "EVEN": state_size == triton.next_power_of_2(state_size),
             "num_warps": 1,
         }
 
@@ -201,7 +202,8 @@ def run_scan_backward(
     if not count:
         return _gradients_of_nothing(call, initial_state, dlast)
     first = None if initial_state is None else inside_out(initial_state)
-    chunk_states = call.states(job.segments.num_chunks)
+    tiles = (job.segments.num_chunks, job.groups * job.blocks, triton.next_power_of_2(job.states), job.tuning.channels)
+    chunk_states = torch.empty(tiles, device=dy.device)
     total = _empty(call) if job.whole else torch.empty(count, job.dim, device=dy.device)
     # The sums of steps are wanted again between segments; the states at their ends are not.
     left = _empty(call) if job.whole else call.states(count)
