@@ -77,7 +77,7 @@ def selective_scan_backward_op(
     found = launches.run_scan_backward(call, initial_state, entering, dy, dlast)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(
-        gradient if x is None else gradient.reshape(x.shape).to(x.dtype).contiguous()
+        gradient if x is None else gradient.reshape(x.shape).to(x.dtype)
         for x, gradient in zip(inputs, found, strict=True)
     )
 
@@ -85,7 +85,15 @@ def selective_scan_backward_op(
 @selective_scan_backward_op.register_fake
 def _(dy: Tensor, dlast: Tensor | None, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs = (u, *rest[:8])  # to initial_state
-    return tuple(u.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in inputs)
+    return tuple(u.new_empty(0, dtype=torch.float32) if x is None else _as_kernels_write(x) for x in inputs)
+
+
+def _as_kernels_write(x: Tensor) -> Tensor:
+    """An empty gradient of x, whose channels (of B and C: states) are neighbours in memory."""
+    if x.dim() == 1:
+        return x.new_empty(x.shape)
+    *outer, channels, tokens = x.shape
+    return x.new_empty(*outer, tokens, channels).transpose(-1, -2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
