@@ -48,14 +48,14 @@ def selective_scan_triton(
 @on_its_device
 def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, initial_state, softplus = inputs
-    return launches.run_scan(launches.Call.read(*tensors, softplus=softplus), initial_state)
+    return launches.run_scan(launches.Call.read(*(*tensors, softplus)), initial_state)
 
 
 @on_its_device
 def _run_backward(dy: Tensor, dlast: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients in the inputs' shapes and dtypes and in the kernels' strides; of inputs that are absent, empty."""
     *tensors, entering, softplus = inputs
-    call = launches.Call.read(*tensors[:-1], softplus=softplus)
+    call = launches.Call.read(*(*tensors[:-1], softplus))
     found = launches.run_scan_backward(call, tensors[-1], entering, dy, dlast)
     return tuple(
         gradient if x is None else gradient.reshape(x.shape).to(x.dtype)
