@@ -7,6 +7,7 @@ import torch
 
 from transmamba.errors import InputError
 from transmamba.modules.scan_orders import (
+    NUM_MOVES,
     PLAIN_MAMBA_ORDERS,
     DirectionOutput,
     scan_order,
@@ -133,6 +134,8 @@ def test_what_belongs_to_one_order_each_is_put_in_that_order() -> None:
     assert orders.merge(orders.scan(x[:0, :, 0], 1), 1).shape == (0, 6, 3)
 
 
-def test_moves_of_several_orders_stand_one_after_the_other() -> None:
+def test_moves_of_several_orders_are_unit_vectors() -> None:
     orders = scan_orders(PLAIN_MAMBA_ORDERS, (2, 3))
-    assert orders.moves().tolist() == [m for name in PLAIN_MAMBA_ORDERS for m in scan_order(name, (2, 3)).moves()]
+    assert orders.moves().shape == (4, 6, NUM_MOVES)
+    assert torch.equal(orders.moves().sum(-1), torch.ones(4, 6))
+    assert orders.moves().argmax(-1).tolist() == [scan_order(n, (2, 3)).moves().tolist() for n in PLAIN_MAMBA_ORDERS]

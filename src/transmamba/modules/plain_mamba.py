@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from transmamba.modules.scan_orders import DirectionOutput, scan_orders
+from transmamba.modules.scan_orders import NUM_MOVES, DirectionOutput, scan_orders
 from transmamba.ops import selective_scan
-
-NUM_MOVES = 5  # the start, and four directions
 
 
 class PlainMambaMixer(nn.Module):
@@ -56,7 +54,7 @@ class PlainMambaMixer(nn.Module):
         dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         orders = scan_orders(self.scan_orders, grid, x.device)
         count = len(orders.orders)
-        moves = self.direction_Bs[orders.moves()].unflatten(0, (count, -1)).to(B.dtype)
+        moves = (orders.moves().to(self.direction_Bs.dtype) @ self.direction_Bs).to(B.dtype)
         u, delta, C = orders.scan(x, 1), _for_each(count, self.dt_proj(dt)), _for_each(count, C)
         u, delta, B, C = (y.flatten(0, 1).transpose(1, 2) for y in (u, delta, B.unsqueeze(1) + moves, C))
         y = selective_scan(  # one row per image and direction

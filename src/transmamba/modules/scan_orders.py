@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from transmamba.errors import InputError
 
 REVERSED = "_reversed"
 START, RIGHT, LEFT, UP, DOWN = range(5)
+NUM_MOVES = 5
 
 PLAIN_MAMBA_ORDERS = ("snake", "snake_reversed", "snake_transposed", "snake_transposed_reversed")
 BIDIRECTIONAL_ORDERS = ("raster", "raster_reversed")
@@ -81,7 +83,10 @@ class ScanOrders:
         return _Gather.apply(x.flatten(0, 2), every, back, 1).view(x.shape)
 
     def moves(self) -> Tensor:
-        """The moves of every order, (orders * patches,); see ScanOrder."""
+        """The moves of every order as unit vectors, (orders, patches, NUM_MOVES), fp32; see ScanOrder.
+
+        A product with them picks a parameter for each step; the gradient of an index would be sorted first.
+        """
         return _every_move(self.orders)
 
 
@@ -213,7 +218,7 @@ def _rows_of_own(orders: ScanOrders, batch: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=256)
 def _every_move(orders: tuple[ScanOrder, ...]) -> Tensor:
-    return torch.cat([order.moves() for order in orders])
+    return one_hot(torch.stack([order.moves() for order in orders]), NUM_MOVES).float()
 
 
 @lru_cache(maxsize=256)
