@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, layer_norm
 
 from tests.distillation.image_pairs import image_batch, teacher_of_images
 from tests.models.vision_models import images, tiny_vision_model
@@ -85,6 +86,15 @@ def test_the_teacher_is_at_a_cosine_of_1_to_itself(dtype: torch.dtype) -> None:
         1, abs=1e-2 if dtype is torch.bfloat16 else 1e-6
     )
     assert direction_cosine(-teacher, teacher).item() == pytest.approx(-1, abs=1e-6)
+
+
+def test_the_cosine_and_its_gradients_are_those_of_autograd() -> None:
+    student, teacher = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(direction_cosine, (student, teacher))
+    wanted = cosine_similarity(layer_norm(student, (7,)), layer_norm(teacher, (7,)), dim=-1).mean()
+    assert abs(direction_cosine(student, teacher) - wanted) < ROUNDING
+    nothing = torch.zeros(1, 5, 7)
+    assert direction_cosine(nothing, torch.randn(1, 5, 7)) == 0
 
 
 @pytest.mark.parametrize("family", ["plain_mamba", "vim", "video_mamba"])

@@ -1,10 +1,13 @@
 """Scan orders are permutations of the grid, and the ones that their names say."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from transmamba.errors import InputError
 from transmamba.modules.scan_orders import (
+    NUM_MOVES,
     PLAIN_MAMBA_ORDERS,
     DirectionOutput,
     scan_order,
@@ -101,26 +104,38 @@ def test_directions_come_back_to_the_image_without_their_class_token() -> None:
     assert torch.equal(direction.in_raster_order(), x)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 4)], ids=str)
-def test_several_orders_at_once_are_each_order_and_merging_adds_them_up(grid: tuple[int, int]) -> None:
+def test_several_orders_at_once_are_each_order_and_merging_adds_them_up(grid: tuple[int, int], dim: int) -> None:
     names = tuple(scan_order_names())
     orders = scan_orders(names, grid)
-    x = torch.randn(2, 3, grid[0] * grid[1], dtype=torch.float64, requires_grad=True)
-    scanned = orders.scan(x)
-    assert scanned.shape == (2, 3, len(names), x.shape[-1])
-    for number, name in enumerate(names):
-        assert torch.equal(scanned[:, :, number], scan_order(name, grid).scan(x, 2))
+    x = torch.randn(2, grid[0] * grid[1], 3, dtype=torch.float64, requires_grad=True)
+    scanned = orders.scan(x, dim)
+    one_by_one = [scan_order(name, grid).scan(x, 1) for name in names]
+    assert torch.equal(scanned, torch.stack(one_by_one, dim))
     y = torch.randn_like(scanned).requires_grad_()
-    one_by_one = [scan_order(name, grid).unscan(y[:, :, number], 2) for number, name in enumerate(names)]
+    one_by_one = [scan_order(name, grid).unscan(one, 1) for name, one in zip(names, y.unbind(dim), strict=True)]
     # Sums of as many terms in another order: a rounding for each.
-    bound = len(names) * 2.0**-52 * y.abs().sum(2).max().item()
-    assert torch.allclose(orders.merge(y), torch.stack(one_by_one).sum(0), rtol=0, atol=bound)
-    assert torch.autograd.gradcheck(orders.scan, (x,))
-    assert torch.autograd.gradcheck(orders.merge, (y,))
-    assert torch.autograd.gradgradcheck(orders.scan, (x,))
+    bound = len(names) * 2.0**-52 * y.abs().sum(dim).max().item()
+    assert torch.allclose(orders.merge(y, dim), torch.stack(one_by_one).sum(0), rtol=0, atol=bound)
+    assert torch.autograd.gradcheck(partial(orders.scan, dim=dim), (x,))
+    assert torch.autograd.gradcheck(partial(orders.merge, dim=dim), (y,))
+    assert torch.autograd.gradgradcheck(partial(orders.scan, dim=dim), (x,))
     assert scan_orders(names, grid) is orders
 
 
-def test_moves_of_several_orders_stand_one_after_the_other() -> None:
+def test_what_belongs_to_one_order_each_is_put_in_that_order() -> None:
     orders = scan_orders(PLAIN_MAMBA_ORDERS, (2, 3))
-    assert orders.moves().tolist() == [m for name in PLAIN_MAMBA_ORDERS for m in scan_order(name, (2, 3)).moves()]
+    x = torch.randn(2, 6, 4, 3, dtype=torch.float64, requires_grad=True)
+    each = [order.scan(one, 1) for order, one in zip(orders.orders, x.unbind(2), strict=True)]
+    assert torch.equal(orders.arrange(x), torch.stack(each, 2))
+    assert torch.autograd.gradcheck(orders.arrange, (x,))
+    assert orders.arrange(x[:0]).shape == (0, 6, 4, 3)
+    assert orders.merge(orders.scan(x[:0, :, 0], 1), 1).shape == (0, 6, 3)
+
+
+def test_moves_of_several_orders_are_unit_vectors() -> None:
+    orders = scan_orders(PLAIN_MAMBA_ORDERS, (2, 3))
+    assert orders.moves().shape == (4, 6, NUM_MOVES)
+    assert torch.equal(orders.moves().sum(-1), torch.ones(4, 6))
+    assert orders.moves().argmax(-1).tolist() == [scan_order(n, (2, 3)).moves().tolist() for n in PLAIN_MAMBA_ORDERS]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from transmamba.distillation.directions import (
     CLASS_TOKENS,
-    direction_cosine,
+    cosine_to_standardised,
+    standardised_on_grid,
     target_layer,
     teacher_in_order,
 )
@@ -173,7 +174,9 @@ def feature_loss(
     settings: AdaptionLoss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the feature loss, and the cosine and weight of every layer, means over directions, without gradient."""
-    c = torch.stack([_cosines(column, teacher, projections, settings) for column in zip(*layers, strict=True)], dim=1)
+    known: dict[Any, Tensor] = {}
+    columns = zip(*layers, strict=True)
+    c = torch.stack([_cosines(column, teacher, projections, settings, known) for column in columns], dim=1)
     weights = torch.stack(
         [layer_weights(column, settings.layer_weights, temperature=settings.temperature) for column in c.unbind(1)],
         dim=1,
@@ -184,22 +187,32 @@ def feature_loss(
 
 
 def _cosines(
-    column: Sequence[DirectionOutput], teacher: TeacherSignals, projections: LatentProjections, settings: AdaptionLoss
+    column: Sequence[DirectionOutput],
+    teacher: TeacherSignals,
+    projections: LatentProjections,
+    settings: AdaptionLoss,
+    known: dict[Any, Tensor],
 ) -> Tensor:
-    """The cosines (layers,) of one direction; layers in a row that scan one grid are compared at once."""
+    """The cosines (layers,) of one direction; layers in a row that scan one grid are compared at once.
+
+    known: the teacher's tokens that an earlier direction has standardised, by grid and blocks.
+    """
     numbered = enumerate(column)
     targets = [
         target_layer(number, len(column), len(teacher.tokens), target=settings.target) for number in range(len(column))
     ]
     found: list[Tensor] = []
-    for _, group in groupby(numbered, key=lambda one: (one[1].grid, one[1].name)):
+    for (grid, _), group in groupby(numbered, key=lambda one: (one[1].grid, one[1].name)):
         members = list(group)
         ours = torch.stack([projections(number, direction) for number, direction in members])
-        theirs = torch.stack([teacher.tokens[targets[number]] for number, _ in members])
+        key = grid, tuple(targets[number] for number, _ in members)
+        if key not in known:
+            theirs = torch.stack([teacher.tokens[target] for target in key[1]])
+            known[key] = standardised_on_grid(theirs, teacher.num_others, teacher.grid, grid)
         wanted, steps = teacher_in_order(
-            theirs, teacher.num_others, teacher.grid, members[0][1], class_token=settings.class_token
+            known[key], teacher.num_others, grid, members[0][1], class_token=settings.class_token
         )
-        found.append(direction_cosine(ours if len(steps) == ours.shape[2] else ours[:, :, steps], wanted))
+        found.append(cosine_to_standardised(ours if len(steps) == ours.shape[2] else ours[:, :, steps], wanted))
     return torch.cat(found)
 
 

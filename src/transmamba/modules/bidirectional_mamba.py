@@ -1,8 +1,8 @@
 """The bidirectional Mamba mixer of ViM and VideoMamba: two scans of one input, each with parameters of its own.
 
-Notable: the gate acts on each direction before they are added; both directions run as two groups of one scan.
-Parameters are named as in the published code, where those of the backward direction end in _b. Letters: b batch, l
-tokens, d channels, n state_size, r dt_rank.
+Notable: the gate acts on each direction before they are added. Parameters are named as in the published code, where
+those of the backward direction end in _b. Channels stand last in memory throughout. Letters: b batch, l tokens, d
+channels.
 """
 
 import torch
@@ -50,31 +50,23 @@ class BidirectionalMambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
-        u_f, delta_f, B_f, C_f = self._inputs(x, self.conv1d, self.x_proj, self.dt_proj)
-        u_b, delta_b, B_b, C_b = self._inputs(x.flip(-1), self.conv1d_b, self.x_proj_b, self.dt_proj_b)
-        y = selective_scan(
-            torch.cat([u_f, u_b], dim=1),
-            torch.cat([delta_f, delta_b], dim=1),
-            -torch.exp(torch.cat([self.A_log, self.A_b_log]).float()),  # bf16 would move A by up to 0.8 %
-            torch.stack([B_f, B_b], dim=1),
-            torch.stack([C_f, C_b], dim=1),
-            torch.cat([self.D, self.D_b]),
-            torch.cat([z, z.flip(-1)], dim=1),
-            delta_softplus=True,
-            validate=False,
-        )
-        forward, backward = y.transpose(1, 2).chunk(2, dim=-1)
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        forward = self._scan(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        x, z = x.flip(1), z.flip(1)
+        backward = self._scan(x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         merged = forward + backward.flip(1)
         return self.out_proj(merged / 2 if self.divide_outputs else merged), (forward, backward)
 
-    def _inputs(
-        self, x: Tensor, conv: nn.Module, x_proj: nn.Module, dt_proj: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u and delta (b, d, l), B and C (b, n, l) of one direction, from x (b, d, l) in its order."""
-        u = silu(conv(pad(x, (self.conv1d.kernel_size[0] - 1, 0))))
-        dt, B, C = x_proj(u.transpose(1, 2)).split(self.split_sizes, dim=-1)
-        return u, dt_proj(dt).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    def _scan(
+        self, x: Tensor, z: Tensor, conv: nn.Module, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor
+    ) -> Tensor:
+        """One direction's output, (b, l, d), from x and z in its order."""
+        window = pad(x, (0, 0, self.conv1d.kernel_size[0] - 1, 0))
+        u = silu(conv(window.transpose(1, 2)).transpose(1, 2))
+        dt, B, C = x_proj(u).split(self.split_sizes, dim=-1)
+        u, delta, B, C, z = (given.transpose(1, 2) for given in (u, dt_proj(dt), B, C, z))
+        A = -torch.exp(A_log.float())  # bf16 would move A by up to 0.8 %
+        return selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, validate=False).transpose(1, 2)
 
 
 def both_directions(

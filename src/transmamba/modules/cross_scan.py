@@ -1,13 +1,13 @@
 """The mixer of VMamba (arXiv 2401.10166), SS2D: rows and columns, both ways, each with a state space of its own.
 
-Notable: channels stand last throughout, which is the published code's channel-first form in another layout; the
-directions are groups of one scan and their parameters are stacked, named as published. Letters: b batch, k directions,
-d channels, l patches, n state_size, r dt_rank.
+Notable: channels stand last in memory throughout, which is the published code's channel-first form in another layout;
+each patch is projected where it lies, and the few numbers are put in order; the directions are groups of one scan and
+their parameters are stacked, named as published.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from transmamba.modules.scan_orders import CROSS_SCAN_ORDERS, DirectionOutput, scan_orders
 from transmamba.ops import selective_scan
@@ -53,26 +53,28 @@ class CrossScanMixer(nn.Module):
         z = None
         if self.use_gate:
             x, z = x.chunk(2, dim=-1)
-        x = silu(self.conv2d(x.permute(0, 3, 1, 2)))
-        grid = (x.shape[2], x.shape[3])
+        x = silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         orders = scan_orders(CROSS_SCAN_ORDERS, grid, x.device)
-        u = orders.scan(x.flatten(2)).transpose(1, 2)
-        dt, B, C = (self.x_proj_weight @ u).split(self.split_sizes, dim=2)
+        count = len(orders.orders)
+        projected = orders.arrange(linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(2, (count, -1)))
+        dt, B, C = projected.split(self.split_sizes, dim=-1)
+        delta = linear(dt.flatten(2), torch.block_diag(*self.dt_projs_weight))  # one product, whose output is in order
         y = selective_scan(
-            u.flatten(1, 2),
-            (self.dt_projs_weight @ dt).flatten(1, 2),
+            orders.scan(x, 2).flatten(2).transpose(1, 2),
+            delta.transpose(1, 2),
             -torch.exp(self.A_logs.float()),  # bf16 would move A by up to 0.8 %
-            B,
-            C,
+            B.permute(0, 2, 3, 1),
+            C.permute(0, 2, 3, 1),
             self.Ds,
             delta_bias=self.dt_projs_bias.flatten(),
             delta_softplus=True,
             validate=False,
-        ).unflatten(1, (len(CROSS_SCAN_ORDERS), -1))
-        merged = orders.merge(y.transpose(1, 2))
-        out = self.out_norm(merged.transpose(1, 2).unflatten(1, grid))
+        )
+        y = y.transpose(1, 2).unflatten(2, (count, -1))
+        out = self.out_norm(orders.merge(y, 2).unflatten(1, grid))
         directions = tuple(
-            DirectionOutput(name=order.name, features=direction.transpose(1, 2), patches=order.order, grid=grid)
-            for order, direction in zip(orders.orders, y.unbind(1), strict=True)
+            DirectionOutput(name=order.name, features=one, patches=order.order, grid=grid)
+            for order, one in zip(orders.orders, y.unbind(2), strict=True)
         )
         return self.out_proj(out if z is None else out * silu(z)), directions

@@ -19,8 +19,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(num_channels, hidden_size, kernel_size=patch_size, stride=stride)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(pixel_values)
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        x = self.proj(pixel_values.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return x.flatten(1, 2), (x.shape[1], x.shape[2])
 
 
 class DropPath(nn.Module):

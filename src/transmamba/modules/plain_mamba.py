@@ -2,17 +2,16 @@
 
 Notable, as published: only the inputs are put in scan order, so step t of a scan takes its dt, B and C from patch t of
 the raster; B gets a learned vector for the move that leads to the step; dt_proj's bias is added twice, by the
-projection and by the scan; the gate acts after the directions are added.
+projection and by the scan; the gate acts after the directions are added. Channels stand last in memory throughout, so
+that nothing is transposed and patches are gathered as whole rows of channels.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from transmamba.modules.scan_orders import DirectionOutput, scan_orders
+from transmamba.modules.scan_orders import NUM_MOVES, DirectionOutput, scan_orders
 from transmamba.ops import selective_scan
-
-NUM_MOVES = 5  # the start, and four directions
 
 
 class PlainMambaMixer(nn.Module):
@@ -50,27 +49,34 @@ class PlainMambaMixer(nn.Module):
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[DirectionOutput, ...]]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        image = x.transpose(1, 2).unflatten(2, grid)
-        x = silu(self.conv2d(image)).flatten(2)
-        dt, B, C = self.x_proj(x.transpose(1, 2)).split(self.split_sizes, dim=-1)
-        delta, B, C = (y.transpose(1, 2) for y in (self.dt_proj(dt), B, C))
+        image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+        x = silu(self.conv2d(image)).permute(0, 2, 3, 1).flatten(1, 2)
+        dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         orders = scan_orders(self.scan_orders, grid, x.device)
         count = len(orders.orders)
-        moves = self.direction_Bs[orders.moves()].unflatten(0, (count, 1, -1)).transpose(2, 3).to(B.dtype)
-        y = selective_scan(  # one row per direction and image
-            orders.scan(x).permute(2, 0, 1, 3).flatten(0, 1),
-            delta.repeat(count, 1, 1),
+        moves = (orders.moves().to(self.direction_Bs.dtype) @ self.direction_Bs).to(B.dtype)
+        u, delta, C = orders.scan(x, 1), _for_each(count, self.dt_proj(dt)), _for_each(count, C)
+        u, delta, B, C = (y.flatten(0, 1).transpose(1, 2) for y in (u, delta, B.unsqueeze(1) + moves, C))
+        y = selective_scan(  # one row per image and direction
+            u,
+            delta,
             -torch.exp(self.A_log.float()),  # bf16 would move A by up to 0.8 %
-            (B + moves).flatten(0, 1),
-            C.repeat(count, 1, 1),
+            B,
+            C,
             self.D,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             validate=False,
-        ).unflatten(0, (count, -1))
-        merged = orders.merge(y.permute(1, 2, 0, 3))
-        directions = tuple(
-            DirectionOutput(name=order.name, features=one.transpose(1, 2), patches=order.order, grid=grid)
-            for order, one in zip(orders.orders, y.unbind(), strict=True)
         )
-        return self.out_proj(merged.transpose(1, 2) * silu(z)), directions
+        y = y.transpose(1, 2).unflatten(0, (len(hidden), count))
+        merged = orders.merge(y, 1)
+        directions = tuple(
+            DirectionOutput(name=order.name, features=one, patches=order.order, grid=grid)
+            for order, one in zip(orders.orders, y.unbind(1), strict=True)
+        )
+        return self.out_proj(merged * silu(z)), directions
+
+
+def _for_each(count: int, x: Tensor) -> Tensor:
+    """(batch, ...) -> (batch, count, ...)."""
+    return x.unsqueeze(1).expand(-1, count, *x.shape[1:])

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from transmamba.errors import InputError
 
 REVERSED = "_reversed"
 START, RIGHT, LEFT, UP, DOWN = range(5)
+NUM_MOVES = 5
 
 PLAIN_MAMBA_ORDERS = ("snake", "snake_reversed", "snake_transposed", "snake_transposed_reversed")
 BIDIRECTIONAL_ORDERS = ("raster", "raster_reversed")
@@ -53,50 +55,70 @@ class ScanOrder:
 class ScanOrders:
     """Several orders of one grid, taken at once: a gather each way, and gathers too in the backward pass.
 
-    every, back (orders * patches,): where all scans, one after the other, find their patches, and the other way.
+    order, inverse (patches, orders): those of ScanOrder, side by side. dim is where the orders stand in a tensor of all
+    scans: 1 for (batch, orders, patches, channels), 2 for (batch, patches, orders, channels).
     """
 
     orders: tuple[ScanOrder, ...]
-    every: Tensor
-    back: Tensor
+    order: Tensor
+    inverse: Tensor
 
-    def scan(self, x: Tensor) -> Tensor:
-        """Patches in raster order (..., patches) to all scan orders, (..., orders, patches)."""
-        return _Scan.apply(x, self.every, self.back, len(self.orders))
+    def scan(self, x: Tensor, dim: int) -> Tensor:
+        """Patches in raster order, (batch, patches, channels), to all scan orders."""
+        every, back = _rows(self, len(x), dim)
+        scanned = _Gather.apply(x.flatten(0, 1), every, back, len(self.orders))
+        sizes = list(x.shape)
+        sizes.insert(dim, len(self.orders))
+        return scanned.view(sizes)
 
-    def merge(self, x: Tensor) -> Tensor:
-        """All scan orders (..., orders, patches) back to raster order and added up, (..., patches)."""
-        return _Merge.apply(x, self.every, self.back, len(self.orders))
+    def merge(self, x: Tensor, dim: int) -> Tensor:
+        """All scan orders back to raster order and added up, (batch, patches, channels)."""
+        every, back = _rows(self, len(x), dim)
+        merged = _GatherAndAdd.apply(x.flatten(0, 2), every, back, len(self.orders))
+        return merged.view(len(x), len(self.order), x.shape[3])
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """What belongs to an order each, (batch, patches, orders, channels), from raster order to these orders."""
+        every, back = _rows_of_own(self, len(x))
+        return _Gather.apply(x.flatten(0, 2), every, back, 1).view(x.shape)
 
     def moves(self) -> Tensor:
-        """The moves of every order, (orders * patches,); see ScanOrder."""
+        """The moves of every order as unit vectors, (orders, patches, NUM_MOVES), fp32; see ScanOrder.
+
+        A product with them picks a parameter for each step; the gradient of an index would be sorted first.
+        """
         return _every_move(self.orders)
 
 
-class _Scan(torch.autograd.Function):
-    """PyTorch's own gradient of a gather adds into zeros, which is slow on GPUs; each of these two is the other's."""
+class _Gather(torch.autograd.Function):
+    """PyTorch's own gradient of a gather adds into zeros, which is slow on GPUs; each of these two is the other's.
+
+    Rows (rows, channels) are read `count` times each, at `every`, and found again at `back`. On GPUs PyTorch moves
+    rows of a matrix 16 bytes at a time, and single numbers of what has more dimensions.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(every, back)
         ctx.count = count
-        return x.index_select(-1, every).unflatten(-1, (count, -1))
+        return x.index_select(0, every)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Merge.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
+        return _GatherAndAdd.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
 
 
-class _Merge(torch.autograd.Function):
+class _GatherAndAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(every, back)
         ctx.count = count
-        return x.flatten(-2).index_select(-1, back).unflatten(-1, (count, -1)).sum(-2)
+        found = x.index_select(0, back)
+        return found if count == 1 else found.view(len(back) // count, count, x.shape[1]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Scan.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
+        return _Gather.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,17 +189,36 @@ def _scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> ScanO
 @lru_cache(maxsize=256)
 def _scan_orders(names: tuple[str, ...], grid: tuple[int, ...], device: torch.device) -> ScanOrders:
     orders = tuple(_scan_order(name, grid, device) for name in names)
-    patches = _product(grid)
     return ScanOrders(
         orders=orders,
-        every=torch.cat([order.order for order in orders]),
-        back=torch.cat([number * patches + order.inverse for number, order in enumerate(orders)]),
+        order=torch.stack([order.order for order in orders], dim=1),
+        inverse=torch.stack([order.inverse for order in orders], dim=1),
     )
+
+
+@lru_cache(maxsize=16)  # the layers of a model share them
+def _rows(orders: ScanOrders, batch: int, dim: int) -> tuple[Tensor, Tensor]:
+    """For so many images, whose patches are rows: the row of every place of all scans, and the places of every row."""
+    patches, count = orders.order.shape
+    image = torch.arange(batch, device=orders.order.device)[:, None, None] * patches
+    number = torch.arange(count, device=orders.order.device)
+    every = image + orders.order
+    if dim == 1:
+        return every.transpose(1, 2).flatten(), (image * count + number * patches + orders.inverse).flatten()
+    return every.flatten(), ((image + orders.inverse) * count + number).flatten()
+
+
+@lru_cache(maxsize=16)
+def _rows_of_own(orders: ScanOrders, batch: int) -> tuple[Tensor, Tensor]:
+    """The same where every order has rows of its own, (batch, patches, orders)."""
+    every, back = _rows(orders, batch, 2)
+    count = len(orders.orders)
+    return (every.unflatten(0, (-1, count)) * count + torch.arange(count, device=every.device)).flatten(), back
 
 
 @lru_cache(maxsize=256)
 def _every_move(orders: tuple[ScanOrder, ...]) -> Tensor:
-    return torch.cat([order.moves() for order in orders])
+    return one_hot(torch.stack([order.moves() for order in orders]), NUM_MOVES).float()
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,6 @@ from transmamba.models.vision import (
     SequenceBackbone,
     VisionMambaClassifier,
     VisionMambaPreTrainedModel,
-    as_map,
     linear_rows,
     norm_rows,
     state_space_rows,
@@ -105,7 +104,8 @@ class PlainMambaModel(SequenceBackbone, PlainMambaPreTrainedModel):
         for number, layer in enumerate(self.layers):
             x, found = cast(PlainMambaLayer, layer)(x, grid)
             if str(number) in self.local_convs:
-                x = self.local_convs[str(number)](as_map(x, grid)).flatten(2).transpose(1, 2)
+                image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+                x = self.local_convs[str(number)](image).permute(0, 2, 3, 1).flatten(1, 2)
             if keep_states:
                 states.append(x)
             if keep_directions:
@@ -158,9 +158,10 @@ class ConvolutionalPatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(STEM_CHANNELS, config.hidden_size, self.size, self.size)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.stem(pixel_values)
-        x = self.proj(pad(x, (0, -x.shape[3] % self.size, 0, -x.shape[2] % self.size)))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        x = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
+        missing = (0, -x.shape[3] % self.size, 0, -x.shape[2] % self.size)
+        x = self.proj(pad(x, missing) if any(missing) else x).permute(0, 2, 3, 1)
+        return x.flatten(1, 2), (x.shape[1], x.shape[2])
 
 
 def _conv_norm_relu(conv: nn.Conv2d) -> list[nn.Module]:

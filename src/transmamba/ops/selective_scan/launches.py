@@ -9,13 +9,14 @@ the gradients of B and C, and segments of those of A, D and delta_bias; parts ar
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from transmamba.ops.launching import launch
 from transmamba.ops.segments import Segments
 
 from . import kernels
@@ -39,7 +40,7 @@ class Tuning:
     programs: int
 
     def constants(self, state_size: int) -> dict[str, int]:
-        """Compile-time arguments of the kernels."""
+        """Compile-time arguments of the kernels, and how they are launched."""
         return {
             "T": self.tokens,
             "NI": self.states,
@@ -81,29 +82,29 @@ class Job:
         groups = (1 if x.dim() == 3 else int(x.shape[1]) for x in (B, C))
         return _job(*map(int, u.shape), int(A.shape[1]), *groups)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Of channels that read the same B and the same C."""
         return math.lcm(self.B_groups, self.C_groups)
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return self.dim // self.groups
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks of channels in a group."""
         return -(-self.channels // self.tuning.channels)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         return len(self.segments) * self.groups * self.blocks
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         return self.tuning.constants(self.states)
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         return self.segments.whole_rows
 
@@ -230,43 +231,41 @@ def _scan(
     """Run scan_kernel for those of its outputs that are given; left and total count only where rows are cut."""
     job = call.job
     by_segment = left is not None and not job.whole
-    kernels.scan_kernel[(job.programs,)](
-        call.u,
-        call.delta,
-        call.A,
-        call.B,
-        call.C,
-        call.present(call.D),
-        call.present(call.z),
-        call.present(call.bias),
-        call.A if entering is None else entering,
-        call.present(y),
-        call.A if chunk_states is None else chunk_states,
-        left if by_segment else call.A if last is None else last,
-        total if by_segment else call.A,
-        job.segments.on(call.u.device)[0],
-        *_batch_and_token(call.u),
-        *_batch_and_token(call.delta),
-        *_batch_group_and_token(call.B),
-        *_batch_group_and_token(call.C),
-        *_batch_and_token(call.present(call.z)),
-        *((0, 0) if y is None else (y.stride(0), y.stride(1))),
-        job.dim,
-        job.channels,
-        job.blocks,
-        job.groups,
-        job.groups // job.B_groups,
-        job.groups // job.C_groups,
-        job.states,
-        ENTERING=entering is not None,
-        BY_ROW=job.whole,
-        **call.flags,
-        SKIP=call.D is not None,
-        STORE_Y=y is not None,
-        STORE_CHUNKS=chunk_states is not None,
-        STORE_LEFT=by_segment,
-        STORE_END=last is not None,
-        **job.constants,
+    end, steps = (left, total) if by_segment else (last, None)
+    launch(
+        kernels.scan_kernel,
+        (job.programs, 1, 1),
+        (
+            *(call.u, call.delta, call.A, call.B, call.C),
+            *map(call.present, (call.D, call.z, call.bias)),
+            call.A if entering is None else entering,
+            call.present(y),
+            call.A if chunk_states is None else chunk_states,
+            call.A if end is None else end,
+            call.A if steps is None else steps,
+            job.segments.on(call.u.device)[0],
+        ),
+        (
+            *_batch_and_token(call.u),
+            *_batch_and_token(call.delta),
+            *_batch_group_and_token(call.B),
+            *_batch_group_and_token(call.C),
+            *_batch_and_token(call.present(call.z)),
+            *((0, 0) if y is None else (y.stride(0), y.stride(1))),
+            *(job.dim, job.channels, job.blocks, job.groups),
+            *(job.groups // job.B_groups, job.groups // job.C_groups, job.states),
+        ),
+        {
+            "ENTERING": entering is not None,
+            "BY_ROW": job.whole,
+            **call.flags,
+            "SKIP": call.D is not None,
+            "STORE_Y": y is not None,
+            "STORE_CHUNKS": chunk_states is not None,
+            "STORE_LEFT": by_segment,
+            "STORE_END": last is not None,
+            **job.constants,
+        },
     )
 
 
@@ -274,27 +273,22 @@ def _costates(call: Call, dy: Tensor) -> Tensor:
     """What each segment's outputs add to the gradient of the state that enters it, (segments, states, dim)."""
     job = call.job
     left = call.states(len(job.segments))
-    kernels.costate_kernel[(job.programs,)](
-        call.delta,
-        call.A,
-        call.C,
-        call.present(call.z),
-        call.present(call.bias),
-        dy,
-        left,
-        job.segments.on(dy.device)[0],
-        *_batch_and_token(call.delta),
-        *_batch_group_and_token(call.C),
-        *_batch_and_token(call.present(call.z)),
-        *_batch_and_token(dy),
-        job.dim,
-        job.channels,
-        job.blocks,
-        job.groups,
-        job.groups // job.C_groups,
-        job.states,
-        **call.flags,
-        **job.constants,
+    launch(
+        kernels.costate_kernel,
+        (job.programs, 1, 1),
+        (
+            *(call.delta, call.A, call.C),
+            *map(call.present, (call.z, call.bias)),
+            *(dy, left, job.segments.on(dy.device)[0]),
+        ),
+        (
+            *_batch_and_token(call.delta),
+            *_batch_group_and_token(call.C),
+            *_batch_and_token(call.present(call.z)),
+            *_batch_and_token(dy),
+            *(job.dim, job.channels, job.blocks, job.groups, job.groups // job.C_groups, job.states),
+        ),
+        {**call.flags, **job.constants},
     )
     return left
 
@@ -304,19 +298,12 @@ def _recur(call: Call, left: Tensor, total: Tensor, outer: Tensor | None, *, rev
     job = call.job
     entering = torch.empty_like(left)
     plane = job.states * job.dim
-    kernels.recur_kernel[(job.batch, -(-plane // RECUR_BLOCK))](
-        left,
-        total,
-        call.A,
-        left if outer is None else outer,
-        entering,
-        job.segments.on(left.device)[1],
-        job.dim,
-        plane,
-        REVERSE=reverse,
-        OUTER=outer is not None,
-        BLOCK=RECUR_BLOCK,
-        num_warps=4,
+    launch(
+        kernels.recur_kernel,
+        (job.batch, -(-plane // RECUR_BLOCK), 1),
+        (left, total, call.A, left if outer is None else outer, entering, job.segments.on(left.device)[1]),
+        (job.dim, plane),
+        {"REVERSE": reverse, "OUTER": outer is not None, "BLOCK": RECUR_BLOCK, "num_warps": 4},
     )
     return entering
 
@@ -332,48 +319,34 @@ def _gradients(
     dB, dC = (torch.empty(job.batch, job.groups, blocks, job.tokens, job.states, device=device) for _ in range(2))
     dA = call.states(count)
     dD, dbias = (_empty(call) if x is None else torch.empty(count, job.dim, device=device) for x in (call.D, call.bias))
-    kernels.gradient_kernel[(job.programs,)](
-        call.u,
-        call.delta,
-        call.A,
-        call.B,
-        call.C,
-        call.present(call.D),
-        call.present(call.z),
-        call.present(call.bias),
-        dy,
-        chunk_states,
-        chunk_states if leaving is None else leaving,
-        du,
-        ddelta,
-        dz,
-        dA,
-        dB,
-        dC,
-        dD,
-        dbias,
-        dA if dfirst is None else dfirst,
-        job.segments.on(device)[0],
-        *_batch_and_token(call.u),
-        *_batch_and_token(call.delta),
-        *_batch_group_and_token(call.B),
-        *_batch_group_and_token(call.C),
-        *_batch_and_token(call.present(call.z)),
-        *_batch_and_token(dy),
-        job.tokens,
-        job.dim,
-        job.channels,
-        blocks,
-        job.groups,
-        job.groups // job.B_groups,
-        job.groups // job.C_groups,
-        job.states,
-        LEAVING=leaving is not None,
-        BY_ROW=job.whole,
-        STORE_ENTERING=dfirst is not None,
-        **call.flags,
-        SKIP=call.D is not None,
-        **job.constants,
+    launch(
+        kernels.gradient_kernel,
+        (job.programs, 1, 1),
+        (
+            *(call.u, call.delta, call.A, call.B, call.C),
+            *map(call.present, (call.D, call.z, call.bias)),
+            *(dy, chunk_states, chunk_states if leaving is None else leaving),
+            *(du, ddelta, dz, dA, dB, dC, dD, dbias, dA if dfirst is None else dfirst),
+            job.segments.on(device)[0],
+        ),
+        (
+            *_batch_and_token(call.u),
+            *_batch_and_token(call.delta),
+            *_batch_group_and_token(call.B),
+            *_batch_group_and_token(call.C),
+            *_batch_and_token(call.present(call.z)),
+            *_batch_and_token(dy),
+            *(job.tokens, job.dim, job.channels, blocks, job.groups),
+            *(job.groups // job.B_groups, job.groups // job.C_groups, job.states),
+        ),
+        {
+            "LEAVING": leaving is not None,
+            "BY_ROW": job.whole,
+            "STORE_ENTERING": dfirst is not None,
+            **call.flags,
+            "SKIP": call.D is not None,
+            **job.constants,
+        },
     )
     return (
         du.transpose(1, 2),
@@ -395,8 +368,11 @@ def _sum_blocks(parts: Tensor, groups: int) -> Tensor:
 def _gradients_of_nothing(call: Call, initial_state: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
     job, device = call.job, call.u.device
 
-    def zeros(x: Tensor | None, *shape: int) -> Tensor:
-        return _empty(call) if x is None else torch.zeros(*shape, device=device, dtype=x.dtype)
+    def zeros(x: Tensor | None, *shape: int) -> Tensor:  # in memory as the kernels would have written them
+        if x is None:
+            return _empty(call)
+        turned = torch.zeros(*shape[:-2], *reversed(shape[-2:]), device=device, dtype=x.dtype)
+        return turned.transpose(-1, -len(shape[-2:]))
 
     shape = (job.batch, job.dim, job.tokens)
     dfirst = zeros(initial_state, job.batch, job.dim, job.states)

@@ -1,13 +1,24 @@
-"""selective_scan on a GPU, as an op of torch: shapes without values, and gradients. torch.compile sees one node."""
+"""selective_scan on a GPU, as an op of torch: shapes without values, and gradients.
 
+torch.compile sees one node; a plain call in eager mode goes to the same functions without the registration. The ops'
+inputs are those of launches.Call, then the initial state and delta_softplus.
+"""
+
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from transmamba.ops.launching import goes_around_registration, on_its_device
 
 from . import launches
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_state"
+)
 
 
 def selective_scan_triton(
@@ -23,28 +34,41 @@ def selective_scan_triton(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, last state); see selective_scan."""
-    y, state, _ = selective_scan_op(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if not goes_around_registration(*tensors):
+        run: Any = selective_scan_op
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        run = _Scan.apply
+    else:
+        run = _run
+    y, state, *_ = run(*tensors, delta_softplus)
     return y, state
 
 
-@torch.library.custom_op(
+@on_its_device
+def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, initial_state, softplus = inputs
+    return launches.run_scan(launches.Call.read(*(*tensors, softplus)), initial_state)
+
+
+@on_its_device
+def _run_backward(dy: Tensor, dlast: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients in the inputs' shapes and dtypes and in the kernels' strides; of inputs that are absent, empty."""
+    *tensors, entering, softplus = inputs
+    call = launches.Call.read(*(*tensors[:-1], softplus))
+    found = launches.run_scan_backward(call, tensors[-1], entering, dy, dlast)
+    return tuple(
+        gradient if x is None else gradient.reshape(x.shape).to(x.dtype)
+        for x, gradient in zip(tensors, found, strict=True)
+    )
+
+
+selective_scan_op = torch.library.custom_op(
     "transmamba::selective_scan_triton",
+    lambda *inputs: _run(*inputs),
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? initial_state, bool delta_softplus) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, bool delta_softplus) -> (Tensor, Tensor, Tensor)",
 )
-def selective_scan_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launches.run_scan(launches.Call.read(u, delta, A, B, C, D, z, delta_bias, delta_softplus), initial_state)
 
 
 @selective_scan_op.register_fake
@@ -52,40 +76,27 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any) -> tup
     return launches.shapes_of_scan(u, A, B, C)
 
 
-@torch.library.custom_op(
+selective_scan_backward_op = torch.library.custom_op(
     "transmamba::selective_scan_triton_backward",
+    lambda *inputs: _run_backward(*inputs),
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor? initial_state, Tensor entering, bool delta_softplus) -> "
+    schema=f"(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor entering, bool delta_softplus) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def selective_scan_backward_op(
-    dy: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    entering: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
-    call = launches.Call.read(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    found = launches.run_scan_backward(call, initial_state, entering, dy, dlast)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(
-        gradient if x is None else gradient.reshape(x.shape).to(x.dtype).contiguous()
-        for x, gradient in zip(inputs, found, strict=True)
-    )
 
 
 @selective_scan_backward_op.register_fake
 def _(dy: Tensor, dlast: Tensor | None, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs = (u, *rest[:8])  # to initial_state
-    return tuple(u.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in inputs)
+    return tuple(u.new_empty(0, dtype=torch.float32) if x is None else _as_kernels_write(x) for x in inputs)
+
+
+def _as_kernels_write(x: Tensor) -> Tensor:
+    """An empty gradient of x, whose channels (of B and C: states) are neighbours in memory."""
+    if x.dim() == 1:
+        return x.new_empty(x.shape)
+    *outer, channels, tokens = x.shape
+    return x.new_empty(*outer, tokens, channels).transpose(-1, -2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -94,12 +105,27 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(run: Any, ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *inputs, entering = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(inputs[0])
-    gradients = selective_scan_backward_op(dy, dlast, *inputs, entering, ctx.delta_softplus)
+    gradients = run(dy, dlast, *inputs, entering, ctx.delta_softplus)
     return *(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)), None
 
 
-selective_scan_op.register_autograd(_differentiate, setup_context=_keep)
+selective_scan_op.register_autograd(partial(_differentiate, selective_scan_backward_op), setup_context=_keep)
+
+
+class _Scan(torch.autograd.Function):
+    """The same gradients without the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run(*inputs)
+        _keep(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return _differentiate(_run_backward, ctx, *gradients)
