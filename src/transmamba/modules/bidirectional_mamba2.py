@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 
-from transmamba.modules.conv import CausalConv1d, is_plain
+from transmamba.modules.conv import CausalConv1d
+from transmamba.modules.plain import gated_norm, is_plain
 from transmamba.ops import causal_conv1d, ssd_scan
 
 DIRECTION_WEIGHTS = ("shared", "separate")
@@ -128,7 +129,7 @@ class BidirectionalMamba2Mixer(nn.Module):
 
     def _finish(self, y: Tensor, hidden: Tensor) -> Tensor:
         if self.z_proj is not None:
-            y = y * silu(self.z_proj(hidden))
+            return gated_norm(y, self.z_proj(hidden), self.norm)
         return y if self.norm is None else self.norm(y.to(self.norm.weight.dtype))
 
 

@@ -16,11 +16,13 @@ from torch.nn.functional import silu, softplus
 
 from transmamba.errors import CacheError
 from transmamba.modules.cache import TransMambaLayerCache
-from transmamba.modules.conv import CausalConv1d, is_plain
+from transmamba.modules.conv import CausalConv1d
 from transmamba.modules.layout import TokenLayout
+from transmamba.modules.plain import gated_norm, is_plain
 from transmamba.ops import (
     apply_rotary,
     causal_conv1d,
+    gated_rms_norm,
     hybrid_mixer,
     memory_converter,
     softmax_attention,
@@ -357,7 +359,10 @@ class TransMambaMixer(nn.Module):
             return self._finish_ssm(y, hidden)
         if layout.uniform_past is not None:
             cut = self.trans_point - layout.uniform_past
-            return torch.cat([self._finish_attention(y[:, :cut]), self._finish_ssm(y[:, cut:], hidden[:, cut:])], dim=1)
+            if not c.mode_norm and self.z_proj is not None:
+                return gated_rms_norm(y, self.z_proj(hidden[:, cut:]), start=cut, validate=False)
+            before, after = y.split((cut, y.shape[1] - cut), dim=1)  # slices' gradients would be whole tensors of zeros
+            return torch.cat([self._finish_attention(before), self._finish_ssm(after, hidden[:, cut:])], dim=1)
         plan = layout.plan(self.trans_point)
         flat, hidden = y.flatten(0, 1), hidden.flatten(0, 1)
         index = plan.ssm.flat_index
@@ -371,6 +376,7 @@ class TransMambaMixer(nn.Module):
         return self.attention_norm(y) if self.config.mode_norm and self.attention_norm is not None else y
 
     def _finish_ssm(self, y: Tensor, hidden: Tensor) -> Tensor:
-        if self.z_proj is not None:
-            y = y * silu(self.z_proj(hidden))
-        return self.ssm_norm(y) if self.config.mode_norm and self.ssm_norm is not None else y
+        norm = self.ssm_norm if self.config.mode_norm else None
+        if self.z_proj is None:
+            return y if norm is None else norm(y)
+        return gated_norm(y, self.z_proj(hidden), norm)
