@@ -17,7 +17,7 @@ from . import kernels
 
 BLOCK = (8, 256)  # tokens and columns of a program, for the gate alone
 NORM_BLOCK = 2048  # entries of a program that holds whole rows, where a row has no more
-MAX_SIZE = 16384  # of a row that a program holds
+MAX_SIZE = 8192  # of a row; backward, registers hold no more
 PARTS = 1024  # of the weight's gradient, about: so many programs fill a card
 MAX_STEPS = 16
 _INPUTS = "Tensor x, Tensor gate, Tensor? weight"
@@ -42,7 +42,7 @@ def run(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, start: int) 
     y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:2] if has_norm else (0,), dtype=torch.float32)
     if y.numel():
         batch, tokens, size = x.shape
-        block_t, block_c, constants = _blocks(size, has_norm)
+        block_t, block_c, constants = _blocks(size, has_norm, 512)
         blocks = -(-tokens // block_t)
         weight = x if weight is None else weight.contiguous()
         numbers = (tokens, size, start, blocks, *x.stride()[:2], *gate.stride()[:2], eps)
@@ -61,7 +61,7 @@ def run_backward(
     batch, tokens, size = x.shape
     if not x.numel():
         return dx, dgate, x.new_empty(0) if weight is None else torch.zeros_like(weight)
-    block_t, block_c, constants = _blocks(size, has_norm)
+    block_t, block_c, constants = _blocks(size, has_norm, 256 if has_norm else 512)
     steps = max(1, min(MAX_STEPS, batch * tokens // (block_t * PARTS))) if has_norm else 1
     blocks = -(-tokens // (block_t * steps))
     parts = x.new_empty(batch * blocks if has_norm else 0, size, dtype=torch.float32)
@@ -141,12 +141,12 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _blocks(size: int, has_norm: bool) -> tuple[int, int, dict[str, Any]]:
-    """Tokens and columns of a program, and the constants of its kernel."""
+def _blocks(size: int, has_norm: bool, per_warp: int) -> tuple[int, int, dict[str, Any]]:
+    """Tokens and columns of a program, and the constants of its kernel, with so many entries per warp."""
     block_t, block_c = BLOCK
     if has_norm:
         block_c = triton.next_power_of_2(size)
         block_t = max(1, NORM_BLOCK // block_c)
-    warps = max(1, min(16, block_t * block_c // 512))
+    warps = max(1, min(32, block_t * block_c // per_warp))
     constants = {"NORM": has_norm, "BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": warps, "num_stages": 2}
     return block_t, block_c, constants
