@@ -14,6 +14,7 @@ OPS = (
     "attention_step",
     "causal_conv1d",
     "conv_ssd_step",
+    "gated_rms_norm",
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",
@@ -34,7 +35,7 @@ KERNELS = (
     "ssd_step",
     "step_linear",
 )
-UNPROVEN = ("selective_scan",)  # kernels that no card has passed yet
+UNPROVEN = ("gated_rms_norm", "selective_scan")  # kernels that no card has passed yet
 
 
 class OnCuda:

@@ -24,6 +24,7 @@ from transmamba.ops import (
     causal_conv1d,
     conv_ssd_step,
     explain,
+    gated_rms_norm,
     hybrid_mixer,
     logit_distillation,
     memory_converter,
@@ -175,6 +176,9 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
         s.v.flatten(2), s.weight, s.weight[:, 0], activation="silu", return_final_state=True, backend=backend
     ),
     "conv_ssd_step": lambda s, backend: _conv_ssd_step(s, backend),
+    "gated_rms_norm": lambda s, backend: gated_rms_norm(
+        s.k.flatten(2), s.q[:, 7:, :2].flatten(2), s.q[0, :2, 0].flatten(), start=7, backend=backend
+    ),
     "hybrid_mixer": lambda s, backend: hybrid_mixer(
         s.q, s.k, s.v, s.dt, s.A, s.D, trans_point=71, rotary=s.rotary, return_final_state=True, backend=backend
     ),

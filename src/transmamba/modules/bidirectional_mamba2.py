@@ -8,12 +8,15 @@ turned around within its own tokens, so padding comes last in both directions an
 backward direction end in _b. Letters: b batch, l tokens, h heads, p head_dim, the state size without the mean term.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 
 from transmamba.modules.conv import CausalConv1d
-from transmamba.ops import ssd_scan
+from transmamba.modules.plain import gated_norm, is_plain
+from transmamba.ops import causal_conv1d, ssd_scan
 
 DIRECTION_WEIGHTS = ("shared", "separate")
 BACKWARD = "_b"
@@ -79,7 +82,9 @@ class BidirectionalMamba2Mixer(nn.Module):
         own = BACKWARD if self.is_separate else ""
         second = self._project(hidden, own) if own else first
         forward = self._scanned(first, self._steps(hidden, ""), "", "")
-        backward = self._scanned(turn(second, turned), turn(self._steps(hidden, BACKWARD), turned), own, BACKWARD)
+        backward = self._scanned(
+            [turn(x, turned) for x in second], turn(self._steps(hidden, BACKWARD), turned), own, BACKWARD
+        )
         return forward, backward
 
     def _both(self, name: str) -> Tensor:
@@ -90,32 +95,41 @@ class BidirectionalMamba2Mixer(nn.Module):
         """dt before its bias and softplus, (b, l, h)."""
         return self.get_submodule("dt_proj" + ending)(hidden)
 
-    def _project(self, hidden: Tensor, own: str) -> Tensor:
-        """q, k, v and m one after the other, (b, l, 3 h p + h)."""
+    def _project(self, hidden: Tensor, own: str) -> list[Tensor]:
+        """q, k, v, (b, l, h p) each, and m, (b, l, h)."""
         names = ("q_proj", "k_proj", "v_proj", *(("mean_proj",) if self.mean_term else ()))
-        return torch.cat([self.get_submodule(name + own)(hidden) for name in names], dim=-1)
+        return [self.get_submodule(name + own)(hidden) for name in names]
 
-    def _scanned(self, projected: Tensor, dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
+    def _scanned(self, projected: list[Tensor], dt_raw: Tensor, own: str, ending: str) -> tuple[Tensor, ...]:
         """What a direction scans; projected and dt_raw in its order."""
         heads = dt_raw.shape[-1]
-        width = 3 * heads * self.head_dim
-        qkv, m = projected[..., :width], projected[..., width:]
-        conv = getattr(self, "conv1d" + own)
-        if conv is not None:
-            qkv = conv(pad(qkv, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)).transpose(1, 2)
-        if self.conv_activation:
-            qkv = silu(qkv)
-        q, k, v = (x.unflatten(-1, (heads, -1)) for x in qkv.chunk(3, dim=-1))
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x in self._convolve(projected[:3], own))
         q = q * self.head_dim**-0.5
         if self.mean_term:
-            m = m[..., None]
+            m = projected[3][..., None]
             q, k = torch.cat([q, torch.ones_like(m)], dim=-1), torch.cat([k, m], dim=-1)
         dtype = torch.promote_types(dt_raw.dtype, torch.float32)  # sums of dt A drift in 16 bits
         return q, k, v, softplus(dt_raw.to(dtype) + self.get_parameter("dt_bias" + ending).to(dtype))
 
+    def _convolve(self, qkv: list[Tensor], own: str) -> Iterable[Tensor]:
+        """q, k and v in a direction's order after the convolution and SiLU, where the mixer has them."""
+        conv: CausalConv1d | None = getattr(self, "conv1d" + own)
+        if is_plain(conv, CausalConv1d):
+            assert conv.bias is not None
+            weights, width = conv.weight.squeeze(1), qkv[0].shape[-1]
+            parts = zip(qkv, weights.split(width), conv.bias.split(width), strict=True)
+            return [
+                causal_conv1d(*part, activation="silu" if self.conv_activation else None, validate=False)
+                for part in parts
+            ]
+        if conv is not None:  # adapters, hooks
+            joined = pad(torch.cat(qkv, dim=-1), (0, 0, conv.kernel_size[0] - 1, 0))
+            qkv = list(conv(joined.transpose(1, 2)).transpose(1, 2).chunk(3, dim=-1))
+        return [silu(x) for x in qkv] if self.conv_activation else qkv
+
     def _finish(self, y: Tensor, hidden: Tensor) -> Tensor:
         if self.z_proj is not None:
-            y = y * silu(self.z_proj(hidden))
+            return gated_norm(y, self.z_proj(hidden), self.norm)
         return y if self.norm is None else self.norm(y.to(self.norm.weight.dtype))
 
 

@@ -2,9 +2,9 @@
 2503.24067, eq. 1 to 6).
 
 Notable: convolution and SiLU act on q, k and v in both modes, before the split; the gate z acts on the SSM's output
-only; rotary embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotated keys; projections and
-the convolution are always called as modules. Letters: P the TransPoint, S state heads, n state_size = head_dim, p
-head_dim.
+only; rotary embedding acts inside softmax only (ssm_rope=False), so the state reads un-rotated keys; projections are
+always called as modules, and so is a convolution that is more than its weights. Letters: P the TransPoint, S state
+heads, n state_size = head_dim, p head_dim.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,17 @@ from transmamba.errors import CacheError
 from transmamba.modules.cache import TransMambaLayerCache
 from transmamba.modules.conv import CausalConv1d
 from transmamba.modules.layout import TokenLayout
-from transmamba.ops import apply_rotary, hybrid_mixer, memory_converter, softmax_attention, ssd_scan, ssd_step
+from transmamba.modules.plain import gated_norm, is_plain
+from transmamba.ops import (
+    apply_rotary,
+    causal_conv1d,
+    gated_rms_norm,
+    hybrid_mixer,
+    memory_converter,
+    softmax_attention,
+    ssd_scan,
+    ssd_step,
+)
 from transmamba.ops.causal_conv1d.torch import ConvWindow
 from transmamba.ops.rotary import undo_rotary
 
@@ -124,10 +134,14 @@ class TransMambaMixer(nn.Module):
         self, hidden: Tensor, layout: TokenLayout, cache: TransMambaLayerCache | None = None, rewind: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, (..., heads, head_dim) each, as both modes read them, before any rotation."""
-        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
+        qkv = [self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)]
         if self.conv1d is not None:
-            qkv = self._convolve(qkv, layout, cache, rewind)
-        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv.split(self.split_sizes, dim=-1))
+            if cache is None and is_plain(self.conv1d, CausalConv1d):
+                qkv = self._convolve_each(qkv, layout)
+            else:
+                joined = self._convolve(torch.cat(qkv, dim=-1), layout, cache, rewind)
+                qkv = list(joined.split(self.split_sizes, dim=-1))
+        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -138,19 +152,43 @@ class TransMambaMixer(nn.Module):
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return softplus(self.dt_proj(hidden).to(dtype) + self.dt_bias.to(dtype)), -self.A_log.to(dtype).exp()
 
+    def _convolve_each(self, qkv: list[Tensor], layout: TokenLayout) -> list[Tensor]:
+        """Channels do not meet in the convolution, so q, k and v are neither joined for it nor parted after it."""
+        assert self.conv1d is not None
+        weights = self.conv1d.weight.squeeze(1).split(self.split_sizes)
+        biases = [None] * 3 if self.conv1d.bias is None else self.conv1d.bias.split(self.split_sizes)
+        return [
+            causal_conv1d(x, weight, bias, activation="silu", cu_seqlens=layout.borders, validate=False)
+            for x, weight, bias in zip(qkv, weights, biases, strict=True)
+        ]
+
     def _convolve(self, qkv: Tensor, layout: TokenLayout, cache: TransMambaLayerCache | None, rewind: int) -> Tensor:
         assert self.conv1d is not None
-        kernel = self.config.conv_kernel
+        past_length = self.config.conv_kernel - 1
         kept = None if cache is None else cache.conv
-        past = None if kept is None else kept[:, kept.shape[1] - kernel + 1 :]
-        window = ConvWindow.of(qkv, kernel, past, layout.borders)
+        past = None if kept is None else kept[:, kept.shape[1] - past_length :]
+        if is_plain(self.conv1d, CausalConv1d):
+            y, state = causal_conv1d(
+                qkv,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation="silu",
+                initial_state=past,
+                cu_seqlens=layout.borders,
+                return_final_state=True,
+                validate=False,
+            )
+        else:
+            window = ConvWindow.of(qkv, past_length + 1, past, layout.borders)
+            y = silu(window.outputs(self.conv1d(window.inputs.transpose(1, 2)).transpose(1, 2)))
+            state = window.final_state()
         if cache is not None:
             if layout.rectangular and rewind:
-                history = window.inputs if kept is None else torch.cat([kept, qkv], dim=1)
-                cache.conv = history[:, -(kernel - 1 + rewind) :].clone()
-            else:
-                cache.conv = window.final_state().clone()  # a view would keep the whole prompt alive
-        return silu(window.outputs(self.conv1d(window.inputs.transpose(1, 2)).transpose(1, 2)))
+                length = past_length + rewind
+                before = qkv.new_zeros(len(qkv), past_length, qkv.shape[2]) if kept is None else kept
+                state = torch.cat([before, qkv[:, -length:]], dim=1)[:, -length:]
+            cache.conv = state.clone()  # a view would keep the whole prompt alive
+        return y
 
     def _mix(
         self,
@@ -321,7 +359,10 @@ class TransMambaMixer(nn.Module):
             return self._finish_ssm(y, hidden)
         if layout.uniform_past is not None:
             cut = self.trans_point - layout.uniform_past
-            return torch.cat([self._finish_attention(y[:, :cut]), self._finish_ssm(y[:, cut:], hidden[:, cut:])], dim=1)
+            if not c.mode_norm and self.z_proj is not None:
+                return gated_rms_norm(y, self.z_proj(hidden[:, cut:]), start=cut, validate=False)
+            before, after = y.split((cut, y.shape[1] - cut), dim=1)  # slices' gradients would be whole tensors of zeros
+            return torch.cat([self._finish_attention(before), self._finish_ssm(after, hidden[:, cut:])], dim=1)
         plan = layout.plan(self.trans_point)
         flat, hidden = y.flatten(0, 1), hidden.flatten(0, 1)
         index = plan.ssm.flat_index
@@ -335,6 +376,7 @@ class TransMambaMixer(nn.Module):
         return self.attention_norm(y) if self.config.mode_norm and self.attention_norm is not None else y
 
     def _finish_ssm(self, y: Tensor, hidden: Tensor) -> Tensor:
-        if self.z_proj is not None:
-            y = y * silu(self.z_proj(hidden))
-        return self.ssm_norm(y) if self.config.mode_norm and self.ssm_norm is not None else y
+        norm = self.ssm_norm if self.config.mode_norm else None
+        if self.z_proj is None:
+            return y if norm is None else norm(y)
+        return gated_norm(y, self.z_proj(hidden), norm)

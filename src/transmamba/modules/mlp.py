@@ -3,6 +3,11 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from transmamba.modules.plain import is_plain
+from transmamba.ops import gated_rms_norm
+
+SILU = type(ACT2FN["silu"])
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)); hidden_act "silu" makes it SwiGLU. x (..., hidden_size)."""
@@ -16,6 +21,9 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_plain(self.act_fn, SILU):
+            gate = self.gate_proj(x)
+            return self.down_proj(gated_rms_norm(self.up_proj(x), gate, validate=False))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -5,6 +5,7 @@ from .backends import BackendChoice, explain
 from .causal_conv1d import causal_conv1d
 from .checks import check_values
 from .conv_ssd_step import conv_ssd_step
+from .gated_rms_norm import gated_rms_norm
 from .hybrid_mixer import hybrid_mixer
 from .logit_distillation import LogitLosses, logit_distillation
 from .memory_converter import memory_converter
@@ -24,6 +25,7 @@ __all__ = [
     "check_values",
     "conv_ssd_step",
     "explain",
+    "gated_rms_norm",
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",

@@ -26,7 +26,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
+    numbers: tuple[int | float, ...],
     constants: dict[str, Any],
 ) -> None:
     """Run kernel[grid](*tensors, *numbers, **constants) on the tensors' device, which must be the current one.

@@ -1,7 +1,7 @@
 """causal_conv1d: a short depthwise convolution that sees the past only, with its past as a state."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -14,6 +14,36 @@ from .reference import causal_conv1d_reference
 from .torch import causal_conv1d_torch, depthwise_valid
 
 __all__ = ["causal_conv1d", "causal_conv1d_reference", "causal_conv1d_torch", "depthwise_valid"]
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    return_final_state: Literal[False] = False,
+    validate: bool = True,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    return_final_state: Literal[True],
+    validate: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @outside_autocast

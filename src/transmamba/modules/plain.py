@@ -1,0 +1,30 @@
+"""Which modules an op may stand for: those that are no more than their class and their weights."""
+
+from typing import TypeGuard, TypeVar
+
+from torch import Tensor, nn
+
+from transmamba.ops import gated_rms_norm
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module is exactly its class and weights, so that an op may compute what a call of it would.
+
+    Not so: adapters and parametrizations, which change its class; hooks, and a forward of its own, as accelerate sets
+    it; weights of a subclass of Tensor, as quantisation leaves them.
+    """
+    if module is None or type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return False
+    return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in module._parameters.values())
+
+
+def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
+    """norm(y silu(gate)), in one op where the norm is plain; y and gate (..., size)."""
+    if is_plain(norm, nn.RMSNorm) and norm.eps is not None:
+        return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
+    y = gated_rms_norm(y, gate, validate=False)
+    return y if norm is None else norm(y)
