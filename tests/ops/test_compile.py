@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from tests.ops.cases import CHUNK, FP64_BOUND, gradients, ssd_inputs, without, worst_error
 from tests.ops.kernels import needs_triton
@@ -52,6 +53,15 @@ def selective(**inputs: Tensor) -> tuple[Tensor, Tensor]:
     return selective_scan(u, delta, A, B, C, return_last_state=True)
 
 
+def selective_after_a_projection(**inputs: Tensor) -> Tensor:
+    """In the mixers' layout, channels last, in which the steps' gradient goes on to a matrix product."""
+    x = inputs["v"].flatten(2)
+    delta = linear(x, inputs["D"].sum() * torch.eye(x.shape[2], dtype=x.dtype, device=x.device))
+    u, B, C = x.transpose(1, 2), *(inputs[name][:, :, 0].transpose(1, 2) for name in ("k", "q"))
+    A = inputs["A"].sum().expand(u.shape[1], B.shape[1])
+    return selective_scan(u, delta.transpose(1, 2), A, B, C, delta_bias=A[:, 0], delta_softplus=True)
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "ssd_scan": lambda **inputs: ssd_scan(**inputs, return_final_state=True),
     "ssd_step": step,
@@ -61,6 +71,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "softmax_attention": lambda **inputs: softmax_attention(inputs["q"], inputs["k"], inputs["v"]),
     "selective_scan": selective,
+    "selective_scan after a projection": selective_after_a_projection,
     "causal_conv1d": convolution,
 }
 

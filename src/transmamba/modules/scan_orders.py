@@ -69,18 +69,18 @@ class ScanOrders:
         scanned = _Gather.apply(x.flatten(0, 1), every, back, len(self.orders))
         sizes = list(x.shape)
         sizes.insert(dim, len(self.orders))
-        return scanned.view(sizes)
+        return scanned.reshape(sizes)
 
     def merge(self, x: Tensor, dim: int) -> Tensor:
         """All scan orders back to raster order and added up, (batch, patches, channels)."""
         every, back = _rows(self, len(x), dim)
         merged = _GatherAndAdd.apply(x.flatten(0, 2), every, back, len(self.orders))
-        return merged.view(len(x), len(self.order), x.shape[3])
+        return merged.reshape(len(x), len(self.order), x.shape[3])
 
     def arrange(self, x: Tensor) -> Tensor:
         """What belongs to an order each, (batch, patches, orders, channels), from raster order to these orders."""
         every, back = _rows_of_own(self, len(x))
-        return _Gather.apply(x.flatten(0, 2), every, back, 1).view(x.shape)
+        return _Gather.apply(x.flatten(0, 2), every, back, 1).reshape(x.shape)
 
     def moves(self) -> Tensor:
         """The moves of every order as unit vectors, (orders, patches, NUM_MOVES), fp32; see ScanOrder.
@@ -114,7 +114,7 @@ class _GatherAndAdd(torch.autograd.Function):
         ctx.save_for_backward(every, back)
         ctx.count = count
         found = x.index_select(0, back)
-        return found if count == 1 else found.view(len(back) // count, count, x.shape[1]).sum(1)
+        return found if count == 1 else found.reshape(len(back) // count, count, x.shape[1]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -43,10 +43,10 @@ def selective_scan_torch(
         groups = math.lcm(B.shape[1], C.shape[1])
         B, C = (x.repeat_interleave(groups // x.shape[1], dim=1) for x in (B, C))
     groups = B.shape[1]
-    step = delta.to(dtype)
+    step = tokens_first(delta.to(dtype).unflatten(1, (groups, -1)))
     if delta_bias is not None:
-        step = step + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
+        step = step + delta_bias.to(dtype).unflatten(0, (groups, -1))
+    if delta_softplus:  # in the layout of its gradient, on which torch.compile and PyTorch disagree otherwise
         step = softplus(step)
     x = u.to(dtype)
     if initial_state is None:
@@ -59,7 +59,7 @@ def selective_scan_torch(
         size, block = blocks(batch, seq_len, dim * state_size, u.device.type)
         y, state, _ = _scan(
             tokens_first(x.unflatten(1, (groups, -1))),
-            tokens_first(step.unflatten(1, (groups, -1))),
+            step,
             A.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2).contiguous(),
             tokens_first(B.to(dtype)),
             tokens_first(C.to(dtype)),
