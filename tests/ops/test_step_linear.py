@@ -73,11 +73,13 @@ def test_in_fp64_it_is_the_formula(backend: str, form: str) -> None:
     assert worst(step_linear(**inputs, backend=backend), exact(inputs)) < FP64_BOUND
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_narrow_inputs_round_where_modules_do(backend: str, form: str, dtype: torch.dtype) -> None:
-    inputs = draw(**FORMS[form], dtype=dtype)
+def test_narrow_inputs_round_where_modules_do(backend: str, form: str, dtype: torch.dtype, rows: int) -> None:
+    """One row has a kernel of its own."""
+    inputs = draw(**FORMS[form], dtype=dtype, rows=rows)
     found = step_linear(**inputs, backend=backend)
     assert all(y.dtype == dtype for y in found)
     # Sums of 70 in fp32; the norm's output, each product, the gate's and the last one are rounded. The interpreter cuts

@@ -1,4 +1,4 @@
-"""step_linear on a GPU, as an op of torch: one kernel, whose outputs lie side by side."""
+"""step_linear on a GPU, as an op of torch: one launch, whose outputs lie side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,12 @@ class Launch:
 
 
 def tuning_of(size: int, rows: int, *, gated: bool, wide: bool) -> Launch:
-    """How a product over `size` inputs runs; 16 outputs a program, so that 1,536 outputs are 96 programs."""
+    """How a product over `size` inputs runs.
+
+    One row: 4 outputs a program, so that 1,536 outputs are 384 programs. Several: 16, which matrix units want.
+    """
+    if rows == 1:
+        return Launch(outputs=4, inputs=min(512, max(16, triton.next_power_of_2(size))), warps=4, stages=1)
     if wide:
         return Launch(outputs=16, inputs=min(64, max(16, triton.next_power_of_2(size))), warps=4, stages=2)
     inputs = min(128 if gated or rows > 16 else 256, max(16, triton.next_power_of_2(size)))
@@ -66,32 +71,31 @@ def step_linear_op(
     blocks = sum(-(-count // how.outputs) for count in (counts[:1] if gated else counts))
     missing = MAX_WEIGHTS - len(weights)
     residual = None if residual is None else residual if residual.stride(-1) == 1 else residual.contiguous()
-    kernels.linear_kernel[(blocks,)](
+    tensors = (
         x,
         *weights,
         *[weights[0]] * missing,
         weights[0] if norm_weight is None else norm_weight.contiguous(),
         x if residual is None else residual,
         y,
-        rows,
-        size,
-        eps,
-        *counts,
-        *[0] * missing,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        y.stride(0),
-        NUM=len(weights),
-        GATED=gated,
-        HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        BLOCK_N=how.outputs,
-        BLOCK_K=how.inputs,
-        WIDE=wide,
-        num_warps=how.warps,
-        num_stages=how.stages,
     )
+    numbers = (*counts, *[0] * missing)
+    constants = {
+        "NUM": len(weights),
+        "GATED": gated,
+        "HAS_NORM": norm_weight is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "BLOCK_N": how.outputs,
+        "BLOCK_K": how.inputs,
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+    }
+    if rows == 1:
+        kernels.row_kernel[(blocks,)](*tensors, size, eps, *numbers, **constants)
+        return y
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0))
+    constants |= {"BLOCK_M": max(16, triton.next_power_of_2(rows)), "WIDE": wide}
+    kernels.linear_kernel[(blocks,)](*tensors, rows, size, eps, *numbers, *strides, **constants)
     return y
 
 
