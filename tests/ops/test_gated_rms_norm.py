@@ -238,9 +238,7 @@ def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
 @needs_triton
 def test_rows_beyond_a_programs_registers_are_refused() -> None:
     x = torch.zeros(1, 8193, device=DEVICE)
-    with pytest.raises(
-        InputError, match="no kernel for the norm of 8193 columns, at most 8192; pass backend='torch'"
-    ):
+    with pytest.raises(InputError, match="no kernel for the norm of 8193 columns, at most 8192; pass backend='torch'"):
         gated_rms_norm(x, x, x[0], backend="triton")
     assert gated_rms_norm(x, x, backend="triton").shape == x.shape
 
