@@ -25,11 +25,11 @@ BORDERS = {"uneven": [0, 0, 1, 3, 3, 10, 17, 17], "single tokens": [0, 1, 2, 3],
 
 @pytest.fixture(autouse=True)
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 tokens and 4 channels, so that small rows cross several."""
+    """Segments of 5 tokens, in blocks of 4 segments and 4 channels, so that small rows cross several."""
     if "the_kernels" in request.node.name and DEVICE.type == "cpu":
         module = import_module("transmamba.ops.causal_conv1d.triton")
-        monkeypatch.setattr(module, "BLOCK_T", 16)
-        monkeypatch.setattr(module, "BLOCK_C", 4)
+        for name, value in (("BLOCK_S", 4), ("BLOCK_C", 4), ("STEPS", 5), ("STEPS_BACKWARD", 5)):
+            monkeypatch.setattr(module, name, value)
 
 
 def conv_inputs(
@@ -234,6 +234,32 @@ def test_the_kernels_are_ops_of_torch() -> None:
     torch.library.opcheck(causal_conv1d_op, given, test_utils=checks)
 
 
+@needs_triton
+def test_the_kernels_registered_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options = conv_inputs(dtype=torch.float32), {"activation": "silu", "backend": "triton"}
+    direct = gradients(convolve, inputs, **options)
+    module = import_module("transmamba.ops.causal_conv1d.triton")
+    monkeypatch.setattr(module, "goes_around_registration", lambda *_: False)
+    assert all(torch.equal(a, b) for a, b in zip(direct, gradients(convolve, inputs, **options), strict=True))
+
+
+@needs_triton
+def test_a_fault_of_the_kernels_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that get no gradient from the segment behind theirs."""
+    module = import_module("transmamba.ops.causal_conv1d.triton")
+    inputs, run_backward = conv_inputs(seq_len=40, dtype=torch.float32), module.run_backward
+
+    def in_pieces(dy: Tensor, x: Tensor, *rest: Any) -> Any:
+        dx, *others = run_backward(dy, x, *rest)
+        dx[:, 17:20] = run_backward(dy[:, 17:20], x[:, 17:20], *rest)[0]
+        return dx, *others
+
+    monkeypatch.setattr(module, "run_backward", in_pieces)
+    found = gradients(convolve, inputs, activation="silu", backend="triton")
+    exact = gradients(oracle_conv, in_double(inputs), activation="silu")
+    assert worst_error(found, exact) > FAULT_FACTOR * bound_of(torch.float32)
+
+
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -254,3 +280,18 @@ def test_long_rows_of_many_channels_on_a_card(borders: list[int] | None, dtype: 
     assert worst_error(found[0], gradients(plain, in_double(inputs), **options)) < 4 * rounding(dtype) + 1e-5
     exact = plain(**in_double(inputs), **options)
     assert worst_error(convolve(**inputs, **options, backend="triton"), exact) < rounding(dtype) + 1e-6
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_more_than_two_to_the_31_entries_on_a_card() -> None:
+    channels, tokens, few = 1024, 2**21 + 3, 40
+    x = torch.randn(1, tokens, channels, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(channels, 4, device=DEVICE) / 2
+    y = causal_conv1d(x, weight, activation="silu", backend="triton")
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    part = x.detach()[:, -few:].double().requires_grad_()
+    exact = causal_conv1d(part, weight.double(), activation="silu", backend="torch")
+    (exact_dx,) = torch.autograd.grad(exact, part, part.detach())
+    assert relative_rms_error(y[:, 3 - few :], exact[:, 3:]) < 2 * rounding(torch.bfloat16)
+    assert relative_rms_error(dx[:, 3 - few :], exact_dx[:, 3:]) < 2 * rounding(torch.bfloat16)

@@ -1,5 +1,6 @@
-"""The Triton kernels of causal_conv1d: a program takes some tokens of some channels. Where a token's document begins is
-read from a table, for packed rows; otherwise it is the row's first token.
+"""The Triton kernels of causal_conv1d: a program takes segments of STEPS tokens of some channels and goes along all of
+them at once, with the last inputs in registers, so that each is read once. Where a token's document begins is read from
+a table, for packed rows; otherwise it is the row's first token. Blocks are (segments, channels), fp32.
 """
 
 import triton
@@ -7,35 +8,92 @@ import triton.language as tl
 
 
 @triton.jit
-def tap_of(
+def block_at(x, at, channel, tokens, channels, x_t):
+    """These tokens of a row; 0 outside of it."""
+    mask = ((at >= 0) & (at < tokens))[:, None] & (channel < channels)[None, :]
+    return tl.load(x + at.to(tl.int64)[:, None] * x_t + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def past_at(state, document, place, mask, channel, channels, state_r, state_t):
+    """These places of documents' states, from 0 for the oldest; 0 outside of the mask."""
+    at = state + document.to(tl.int64)[:, None] * state_r + place[:, None] * state_t + channel[None, :]
+    return tl.load(at, mask=mask[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def before_segments(
     x,
     state,
-    t,
-    start,
-    document,
+    row,
+    first,
     channel,
-    inside,
-    tap,
+    tokens,
+    channels,
     x_t,
     state_r,
     state_t,
     KERNEL: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """The input `tap` tokens before t, (tokens, channels): of the document, of its state before, or 0."""
-    at = t - tap
-    is_token = at >= start
-    value = tl.load(x + at.to(tl.int64)[:, None] * x_t + channel[None, :], mask=inside & is_token[:, None], other=0.0)
-    value = value.to(tl.float32)
-    if HAS_STATE:
-        place = KERNEL - 1 + at - start
-        past = tl.load(
-            state + document.to(tl.int64)[:, None] * state_r + place[:, None] * state_t + channel[None, :],
-            mask=inside & (at < start)[:, None],
-            other=0.0,
-        )
-        value += past.to(tl.float32)
-    return value
+    """The kernel - 1 inputs before each segment, the latest first; before the row they are its state, or 0."""
+    inputs = ()
+    for back in tl.static_range(1, KERNEL):
+        at = first - back
+        value = block_at(x, at, channel, tokens, channels, x_t)
+        if HAS_STATE and not PACKED:
+            place = KERNEL - 1 + at
+            mask = (at < 0) & (place >= 0)
+            value += past_at(state, at * 0 + row, place, mask, channel, channels, state_r, state_t)
+        inputs = inputs + (value,)
+    return inputs
+
+
+@triton.jit
+def read_by(
+    inputs,
+    state,
+    starts,
+    documents,
+    t,
+    channel,
+    tokens,
+    channels,
+    state_r,
+    state_t,
+    KERNEL: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """What tokens t read of a row's last inputs: their own documents' only, and before those the documents' states."""
+    read = inputs
+    if PACKED:
+        start = tl.load(starts + t, mask=t < tokens, other=0)
+        read = (inputs[0],)
+        for tap in tl.static_range(1, KERNEL):
+            at = t - tap
+            value = tl.where((at >= start)[:, None], inputs[tap], 0.0)
+            if HAS_STATE:
+                document = tl.load(documents + t, mask=t < tokens, other=0)
+                mask = (at < start) & (t < tokens)
+                place = KERNEL - 1 + at - start
+                value += past_at(state, document, place, mask, channel, channels, state_r, state_t)
+            read = read + (value,)
+    return read
+
+
+@triton.jit
+def weights_of(weight, bias, channel, channels, KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What meets the input of each tap, counted from the token backward, (1, channels); and the bias, or 0."""
+    taps = ()
+    for tap in tl.static_range(0, KERNEL):
+        at = weight + channel * KERNEL + (KERNEL - 1 - tap)
+        taps = taps + (tl.load(at, mask=channel < channels, other=0.0).to(tl.float32)[None, :],)
+    offset = (channel * 0.0)[None, :]
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    return taps, offset
 
 
 @triton.jit
@@ -51,8 +109,6 @@ def forward_kernel(
     channels,
     x_b,
     x_t,
-    y_b,
-    y_t,
     state_r,
     state_t,
     KERNEL: tl.constexpr,
@@ -60,50 +116,50 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """y (batch, tokens, channels)."""
     row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)) * STEPS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_t, in_c = t < tokens, channel < channels
-    inside = in_t[:, None] & in_c[None, :]
     x += row * x_b
-    start, document = t * 0, t * 0 + row.to(tl.int32)
-    if PACKED:
-        start = tl.load(starts + t, mask=in_t, other=0)
-        document = tl.load(documents + t, mask=in_t, other=0)
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for tap in tl.static_range(0, KERNEL):
-        w = tl.load(weight + channel * KERNEL + (KERNEL - 1 - tap), mask=in_c, other=0.0).to(tl.float32)
-        given = tap_of(
-            x,
+    y += row * tokens * channels
+    taps, offset = weights_of(weight, bias, channel, channels, KERNEL, HAS_BIAS)
+    inputs = before_segments(
+        x, state, row, first, channel, tokens, channels, x_t, state_r, state_t, KERNEL, HAS_STATE, PACKED
+    )
+    for step in tl.static_range(0, STEPS):
+        t = first + step
+        inputs = (block_at(x, t, channel, tokens, channels, x_t),) + inputs[: KERNEL - 1]
+        read = read_by(
+            inputs,
             state,
+            starts,
+            documents,
             t,
-            start,
-            document,
             channel,
-            inside,
-            tap,
-            x_t,
+            tokens,
+            channels,
             state_r,
             state_t,
-            KERNEL=KERNEL,
-            HAS_STATE=HAS_STATE,
+            KERNEL,
+            HAS_STATE,
+            PACKED,
         )
-        total += given * w[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + channel, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        total = total / (1.0 + tl.exp(-total))
-    tl.store(
-        y + row * y_b + t.to(tl.int64)[:, None] * y_t + channel[None, :], total.to(y.dtype.element_ty), mask=inside
-    )
+        total = offset + read[0] * taps[0]
+        for tap in tl.static_range(1, KERNEL):
+            total += read[tap] * taps[tap]
+        if SILU:
+            total = total / (1.0 + tl.exp(-total))
+        mask = (t < tokens)[:, None] & (channel < channels)[None, :]
+        place = t.to(tl.int64)[:, None] * channels + channel[None, :]
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def slope_kernel(
+def backward_kernel(
     dy,
     x,
     weight,
@@ -111,7 +167,7 @@ def slope_kernel(
     state,
     starts,
     documents,
-    slope,
+    dx,
     dweight,
     tokens,
     channels,
@@ -127,101 +183,76 @@ def slope_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """slope (batch, tokens, channels), fp32: the gradient before SiLU, whose value is computed again. dweight (batch
-    times blocks of tokens, kernel + 1, channels), fp32: each program's part of the gradient of the taps, and last of
-    the bias.
+    """dx (batch, tokens, channels). dweight (batch times blocks of segments, kernel + 1, channels), fp32: each
+    program's part of the gradient of the taps, and last of the bias.
+
+    Inputs get theirs from later outputs, so the slopes (the gradients before SiLU, whose value is computed again) of
+    the kernel - 1 tokens behind a segment, which another one owns, are taken too.
     """
     row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)) * STEPS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_t, in_c = t < tokens, channel < channels
-    inside = in_t[:, None] & in_c[None, :]
     x += row * x_b
-    start, document = t * 0, t * 0 + row.to(tl.int32)
-    if PACKED:
-        start = tl.load(starts + t, mask=in_t, other=0)
-        document = tl.load(documents + t, mask=in_t, other=0)
-    given = tl.load(dy + row * dy_b + t.to(tl.int64)[:, None] * dy_t + channel[None, :], mask=inside, other=0.0)
-    gradient = given.to(tl.float32)
-    if SILU:
-        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for tap in tl.static_range(0, KERNEL):
-            w = tl.load(weight + channel * KERNEL + (KERNEL - 1 - tap), mask=in_c, other=0.0).to(tl.float32)
-            value = tap_of(
-                x,
-                state,
-                t,
-                start,
-                document,
-                channel,
-                inside,
-                tap,
-                x_t,
-                state_r,
-                state_t,
-                KERNEL=KERNEL,
-                HAS_STATE=HAS_STATE,
-            )
-            total += value * w[None, :]
-        if HAS_BIAS:
-            total += tl.load(bias + channel, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        open = 1.0 / (1.0 + tl.exp(-total))
-        gradient *= open * (1.0 + total * (1.0 - open))
-    tl.store(slope + (row * tokens + t[:, None]) * channels + channel[None, :], gradient, mask=inside)
-    part = (row * blocks + tl.program_id(0)) * (KERNEL + 1) * channels
-    for tap in tl.static_range(0, KERNEL):
-        value = tap_of(
-            x,
+    dy += row * dy_b
+    dx += row * tokens * channels
+    taps, offset = weights_of(weight, bias, channel, channels, KERNEL, HAS_BIAS)
+    inputs = before_segments(
+        x, state, row, first, channel, tokens, channels, x_t, state_r, state_t, KERNEL, HAS_STATE, PACKED
+    )
+    nothing = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    sums = ()
+    for _ in tl.static_range(0, KERNEL + 1):
+        sums = sums + (nothing,)
+    slopes, begins = (), ()  # of the last kernel tokens, the latest first
+    for step in tl.static_range(0, STEPS + KERNEL - 1):
+        t = first + step
+        inputs = (block_at(x, t, channel, tokens, channels, x_t),) + inputs[: KERNEL - 1]
+        read = read_by(
+            inputs,
             state,
+            starts,
+            documents,
             t,
-            start,
-            document,
             channel,
-            inside,
-            tap,
-            x_t,
+            tokens,
+            channels,
             state_r,
             state_t,
-            KERNEL=KERNEL,
-            HAS_STATE=HAS_STATE,
+            KERNEL,
+            HAS_STATE,
+            PACKED,
         )
-        tl.store(dweight + part + (KERNEL - 1 - tap) * channels + channel, tl.sum(gradient * value, axis=0), mask=in_c)
-    tl.store(dweight + part + KERNEL * channels + channel, tl.sum(gradient, axis=0), mask=in_c)
-
-
-@triton.jit
-def input_kernel(
-    slope,
-    weight,
-    starts,
-    dx,
-    tokens,
-    channels,
-    KERNEL: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dx (batch, tokens, channels): what each input's later outputs in its document ask of it."""
-    row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_t, in_c = t < tokens, channel < channels
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for tap in tl.static_range(0, KERNEL):
-        at = t + tap
-        same = at < tokens
+        slope = block_at(dy, t, channel, tokens, channels, dy_t)
+        if SILU:
+            total = offset + read[0] * taps[0]
+            for tap in tl.static_range(1, KERNEL):
+                total += read[tap] * taps[tap]
+            open = 1.0 / (1.0 + tl.exp(-total))
+            slope *= open * (1.0 + total * (1.0 - open))
+        if step < STEPS:
+            added = ()
+            for tap in tl.static_range(0, KERNEL):
+                added = added + (sums[tap] + slope * read[tap],)
+            sums = added + (sums[KERNEL] + slope,)
+        slopes = (slope,) + slopes[: KERNEL - 1]
         if PACKED:
-            same = same & (tl.load(starts + at, mask=same, other=tokens) <= t)
-        w = tl.load(weight + channel * KERNEL + (KERNEL - 1 - tap), mask=in_c, other=0.0).to(tl.float32)
-        given = tl.load(
-            slope + (row * tokens + at[:, None]) * channels + channel[None, :],
-            mask=same[:, None] & in_c[None, :],
-            other=0.0,
-        )
-        total += given * w[None, :]
-    place = (row * tokens + t[:, None]) * channels + channel[None, :]
-    tl.store(dx + place, total.to(dx.dtype.element_ty), mask=in_t[:, None] & in_c[None, :])
+            begins = (tl.load(starts + t, mask=t < tokens, other=tokens),) + begins[: KERNEL - 1]
+        if step >= KERNEL - 1:
+            target = t - (KERNEL - 1)
+            gradient = nothing
+            for tap in tl.static_range(0, KERNEL):
+                later = slopes[KERNEL - 1 - tap]
+                if PACKED:
+                    later = tl.where((begins[KERNEL - 1 - tap] <= target)[:, None], later, 0.0)
+                gradient += later * taps[tap]
+            mask = (target < tokens)[:, None] & (channel < channels)[None, :]
+            place = target.to(tl.int64)[:, None] * channels + channel[None, :]
+            tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=mask)
+    part = dweight + (row * blocks + tl.program_id(0)) * (KERNEL + 1) * channels + channel
+    for tap in tl.static_range(0, KERNEL):
+        tl.store(part + (KERNEL - 1 - tap) * channels, tl.sum(sums[tap], axis=0), mask=channel < channels)
+    tl.store(part + KERNEL * channels, tl.sum(sums[KERNEL], axis=0), mask=channel < channels)

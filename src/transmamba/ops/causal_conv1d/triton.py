@@ -1,21 +1,28 @@
-"""causal_conv1d on a GPU: one kernel forward and two backward, as ops of torch.
+"""causal_conv1d on a GPU: a kernel forward and one backward.
 
+torch.compile sees one node for each; a plain call in eager mode goes to the same functions without the registration.
 The final state is a copy of inputs and is taken in plain PyTorch; so is the initial state's gradient, of a few tokens.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from transmamba.ops.launching import goes_around_registration, launch, on_its_device
 
 from . import kernels
-from .torch import ConvWindow
+from .torch import ConvWindow, depthwise_valid
 
-BLOCK_T = 32
-BLOCK_C = 64
+# Segments and channels of a program, a thread then has 4 channels of a segment; and tokens of a segment. Backward, long
+# ones: the last tokens of a segment are computed twice, and every program writes its part of the taps' gradient.
+BLOCK_S, BLOCK_C = 8, 64
+STEPS, STEPS_BACKWARD = 8, 16
+PER_WARP = 128
 MAX_KERNEL = 8  # taps are unrolled
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, int[]? borders, bool silu"
 
@@ -31,8 +38,14 @@ def causal_conv1d_triton(
     final_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, final state); see causal_conv1d. Without final_state, an empty tensor in its place."""
-    borders = None if cu_seqlens is None else list(cu_seqlens)
-    y = causal_conv1d_op(x, weight, bias, initial_state, borders, activation == "silu")
+    tensors = (x, weight, bias, initial_state)
+    inputs = (*tensors, None if cu_seqlens is None else list(cu_seqlens), activation == "silu")
+    if not goes_around_registration(*tensors):
+        y = causal_conv1d_op(*inputs)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y = _Convolution.apply(*inputs)
+    else:
+        y = run(*inputs)
     if not final_state:
         return y, x[:0]
     return y, last_inputs(x, weight.shape[1], initial_state, cu_seqlens)
@@ -46,8 +59,8 @@ def last_inputs(x: Tensor, kernel: int, initial_state: Tensor | None, cu_seqlens
     return ConvWindow.of(x, kernel, initial_state, cu_seqlens).final_state()
 
 
-@torch.library.custom_op("transmamba::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def causal_conv1d_op(
+@on_its_device
+def run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -55,52 +68,17 @@ def causal_conv1d_op(
     borders: Sequence[int] | None,
     silu: bool,
 ) -> Tensor:
-    x, state = _readable(x), None if initial_state is None else _readable(initial_state)
-    y = x.new_empty(x.shape)
+    """y, like x."""
+    x, y = _readable(x), x.new_empty(x.shape)
     if y.numel():
-        starts, documents = _tables(borders, x.device)
-        kernels.forward_kernel[_grid(x)](
-            x,
-            weight.contiguous(),
-            weight if bias is None else bias.contiguous(),
-            x if state is None else state,
-            starts,
-            documents,
-            y,
-            x.shape[1],
-            x.shape[2],
-            *x.stride()[:2],
-            *y.stride()[:2],
-            *((0, 0) if state is None else state.stride()[:2]),
-            KERNEL=weight.shape[1],
-            SILU=silu,
-            HAS_BIAS=bias is not None,
-            HAS_STATE=state is not None,
-            PACKED=borders is not None,
-            BLOCK_T=BLOCK_T,
-            BLOCK_C=BLOCK_C,
-        )
+        tensors, strides, constants = _arguments(x, weight, bias, initial_state, borders, silu, STEPS)
+        grid = (-(-x.shape[1] // (BLOCK_S * STEPS)), -(-x.shape[2] // BLOCK_C), x.shape[0])
+        launch(kernels.forward_kernel, grid, (*tensors, y), (*x.shape[1:], *strides), constants)
     return y
 
 
-@causal_conv1d_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    borders: Sequence[int] | None,
-    silu: bool,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op(
-    "transmamba::causal_conv1d_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-)
-def causal_conv1d_backward_op(
+@on_its_device
+def run_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -108,120 +86,146 @@ def causal_conv1d_backward_op(
     initial_state: Tensor | None,
     borders: Sequence[int] | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, the taps' and the bias's gradients as (kernel + 1, channels), the slope before SiLU), the last two fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dstate), the last two empty where there is none."""
     dy, x = _readable(dy), _readable(x)
-    state = None if initial_state is None else _readable(initial_state)
-    weight, (batch, tokens, channels), kernel = weight.contiguous(), x.shape, weight.shape[1]
-    dx, slope = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
-    if not x.numel():
-        return dx, x.new_zeros(kernel + 1, channels, dtype=torch.float32), slope
-    starts, documents = _tables(borders, x.device)
-    grid = _grid(x)
-    parts = x.new_empty(batch * grid[0], kernel + 1, channels, dtype=torch.float32)
-    kernels.slope_kernel[grid](
-        dy,
-        x,
-        weight,
-        weight if bias is None else bias.contiguous(),
-        x if state is None else state,
-        starts,
-        documents,
-        slope,
-        parts,
-        tokens,
-        channels,
-        *dy.stride()[:2],
-        *x.stride()[:2],
-        *((0, 0) if state is None else state.stride()[:2]),
-        grid[0],
-        KERNEL=kernel,
-        SILU=silu,
-        HAS_BIAS=bias is not None,
-        HAS_STATE=state is not None,
-        PACKED=borders is not None,
-        BLOCK_T=BLOCK_T,
-        BLOCK_C=BLOCK_C,
-    )
-    kernels.input_kernel[grid](
-        slope,
-        weight,
-        starts,
-        dx,
-        tokens,
-        channels,
-        KERNEL=kernel,
-        PACKED=borders is not None,
-        BLOCK_T=BLOCK_T,
-        BLOCK_C=BLOCK_C,
-    )
-    return dx, parts.sum(0), slope
+    (batch, tokens, channels), kernel = x.shape, weight.shape[1]
+    dx = x.new_empty(x.shape)
+    if x.numel():
+        blocks = -(-tokens // (BLOCK_S * STEPS_BACKWARD))
+        parts = x.new_empty(batch * blocks, kernel + 1, channels, dtype=torch.float32)
+        tensors, strides, constants = _arguments(x, weight, bias, initial_state, borders, silu, STEPS_BACKWARD)
+        numbers = (tokens, channels, *dy.stride()[:2], *strides, blocks)
+        grid = (blocks, -(-channels // BLOCK_C), batch)
+        launch(kernels.backward_kernel, grid, (dy, *tensors, dx, parts), numbers, constants)
+        taps = parts.sum(0)
+    else:
+        taps = x.new_zeros(kernel + 1, channels, dtype=torch.float32)
+    dweight = taps[:kernel].T.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
+    dbias = x.new_empty(0) if bias is None else taps[kernel].to(bias.dtype, copy=True)
+    state = initial_state
+    dstate = x.new_empty(0) if state is None else state_gradient(dy, x, weight, bias, state, borders, silu)
+    return dx, dweight, dbias, dstate
+
+
+def state_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    borders: Sequence[int] | None,
+    silu: bool,
+) -> Tensor:
+    """That of the initial state, which the first kernel - 1 tokens of each row (document) read."""
+    past = weight.shape[1] - 1
+    few, slope = (_first_tokens(x, past, len(state), borders) for x in (x, dy))
+    weight = weight.float()
+    if silu and past:
+        total = depthwise_valid(torch.cat([state.float(), few], dim=1), weight, None if bias is None else bias.float())
+        opening = torch.sigmoid(total)
+        slope = slope * opening * (1 + total * (1 - opening))
+    gradient = torch.zeros_like(slope)
+    for m in range(past):  # place m is read by token j with the tap m - j
+        for j in range(m + 1):
+            gradient[:, m] += slope[:, j] * weight[:, m - j]
+    return gradient.to(state.dtype)
+
+
+def _first_tokens(x: Tensor, count: int, rows: int, borders: Sequence[int] | None) -> Tensor:
+    """(rows, count, channels) in fp32; zeros where a row (document) is shorter."""
+    first = x.new_zeros(rows, count, x.shape[2], dtype=torch.float32)
+    if borders is None:
+        first[:, : x.shape[1]] = x[:, :count]
+        return first
+    for row, (start, end) in enumerate(pairwise(borders)):
+        first[row, : end - start] = x[0, start : min(end, start + count)]
+    return first
+
+
+causal_conv1d_op = torch.library.custom_op(
+    "transmamba::causal_conv1d",
+    lambda *inputs: run(*inputs),
+    mutates_args=(),
+    schema=f"({_INPUTS}) -> Tensor",
+)
+causal_conv1d_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+
+causal_conv1d_backward_op = torch.library.custom_op(
+    "transmamba::causal_conv1d_backward",
+    lambda *inputs: run_backward(*inputs),
+    mutates_args=(),
+    schema=f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @causal_conv1d_backward_op.register_fake
 def _(
-    dy: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    optional = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, initial_state))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), *optional
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.borders, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(run_backward: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    found = run_backward(dy, *ctx.saved_tensors, ctx.borders, ctx.silu)
+    return *(None if x is None else dx for x, dx in zip(ctx.saved_tensors, found, strict=True)), None, None
+
+
+causal_conv1d_op.register_autograd(partial(_gradients, causal_conv1d_backward_op), setup_context=_keep)
+
+
+class _Convolution(torch.autograd.Function):
+    """The same gradients without the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = run(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _gradients(run_backward, ctx, dy)
+
+
+def _arguments(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
     borders: Sequence[int] | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    taps = x.new_empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
-    return x.new_empty(x.shape), taps, x.new_empty(x.shape, dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, initial_state, borders, silu = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state)
-    ctx.borders, ctx.silu = borders, silu
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, initial_state = ctx.saved_tensors
-    dx, taps, slope = causal_conv1d_backward_op(dy, x, weight, bias, initial_state, ctx.borders, ctx.silu)
-    kernel = weight.shape[1]
-    dweight = taps[:kernel].T.to(weight.dtype)
-    dbias = None if bias is None else taps[kernel].to(bias.dtype)
-    dstate = None
-    if initial_state is not None and ctx.needs_input_grad[3]:
-        dstate = _state_gradient(slope, weight, initial_state, ctx.borders)
-    return dx, dweight, dbias, dstate, None, None
-
-
-def _state_gradient(slope: Tensor, weight: Tensor, state: Tensor, borders: Sequence[int] | None) -> Tensor:
-    """Place m of a state is read by the token j of its document with the tap m - j, where j <= m."""
-    kernel, length = weight.shape[1], slope.shape[1]
-    first = slope.new_zeros(len(state), kernel - 1, slope.shape[2])  # slopes of each document's first tokens
-    spans = [(0, length)] * len(state) if borders is None else list(pairwise(borders))
-    if borders is None:
-        count = min(kernel - 1, length)
-        first[:, :count] = slope[:, :count]
-    else:
-        for row, (start, end) in enumerate(spans):
-            count = min(kernel - 1, end - start)
-            first[row, :count] = slope[0, start : start + count]
-    gradient = torch.zeros_like(first)
-    for m in range(kernel - 1):
-        for j in range(m + 1):
-            gradient[:, m] += first[:, j] * weight[:, m - j].to(first.dtype)
-    return gradient.to(state.dtype)
-
-
-causal_conv1d_op.register_autograd(_gradients, setup_context=_keep)
-
-
-def _grid(x: Tensor) -> tuple[int, int, int]:
-    return -(-x.shape[1] // BLOCK_T), -(-x.shape[2] // BLOCK_C), x.shape[0]
+    steps: int,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: tensors, strides, constants."""
+    state = x if initial_state is None else _readable(initial_state)
+    weight = weight.contiguous()
+    tables = _document_tables(None if borders is None else tuple(borders), x.device)
+    tensors = (x, weight, weight if bias is None else bias.contiguous(), state, *tables)
+    constants = {
+        "KERNEL": weight.shape[1],
+        "SILU": silu,
+        "HAS_BIAS": bias is not None,
+        "HAS_STATE": initial_state is not None,
+        "PACKED": borders is not None,
+        "STEPS": steps,
+        "BLOCK_S": BLOCK_S,
+        "BLOCK_C": BLOCK_C,
+        "num_warps": max(1, BLOCK_S * BLOCK_C // PER_WARP),
+        "num_stages": 2,
+    }
+    return tensors, (*x.stride()[:2], *state.stride()[:2]), constants
 
 
 def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _tables(borders: Sequence[int] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _document_tables(None if borders is None else tuple(borders), device)
 
 
 @lru_cache(maxsize=32)
