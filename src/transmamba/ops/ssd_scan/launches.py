@@ -151,17 +151,17 @@ class Job:
     @cached_property
     def carrying(self) -> dict[str, Any]:
         """Compile-time arguments of state_kernel."""
-        return self._constants(_block(self.n), self.tuning.states)
+        return self._constants(_blocks(self.n, self.p)[0], self.tuning.states)
 
     @cached_property
     def scanning(self) -> dict[str, Any]:
         """Compile-time arguments of scan_kernel."""
-        return self._constants(_block(self.n), self.tuning.forward)
+        return self._constants(_blocks(self.n, self.p)[0], self.tuning.forward)
 
     @cached_property
     def differentiating(self) -> dict[str, Any]:
         """Compile-time arguments of gradient_kernel, which goes through blocks of both sizes of a state."""
-        block_n = min(self.tuning.gradients.block, _block(self.n))
+        block_n = min(self.tuning.gradients.block, _blocks(self.n, self.p)[0])
         return self._constants(block_n, self.tuning.gradients) | {"BLOCKS_N": -(-self.n // block_n)}
 
     def _constants(self, block_n: int, launch: Launch) -> dict[str, Any]:
@@ -630,12 +630,12 @@ def _block(size: int) -> int:
 
 
 def _blocks(n: int, p: int) -> tuple[int, int]:
-    """Tiles that hold a state's n and p, p's no narrower than n's up to 64.
+    """Tiles that hold a state's n and p, neither narrower than the other up to 64.
 
-    With tiles of 64 x 32 Triton 3.6 made gradients of bf16 wrong on Hopper, and read outside the memory.
+    With tiles of 64 x 32 and 16 x 64 Triton 3.6 made gradients of bf16 wrong on Hopper, or read outside the memory.
     """
-    block_n = _block(n)
-    return block_n, max(_block(p), min(64, block_n))
+    least = min(64, max(_block(n), _block(p)))
+    return max(_block(n), least), max(_block(p), least)
 
 
 @lru_cache(maxsize=256)  # the layers of a model ask for few, at every step

@@ -24,17 +24,20 @@ class Launch:
     stages: int
 
 
-def tuning_of(size: int, rows: int, *, gated: bool, wide: bool) -> Launch:
-    """How a product over `size` inputs runs.
+def tuning_of(size: int, rows: int, outputs: int, *, wide: bool) -> Launch:
+    """How a product over `size` inputs runs; fastest of benchmarks/results/step_linear_launches_h100_2026-11-24.json.
 
-    One row: 4 outputs a program, so that 1,536 outputs are 384 programs. Several: 16, which matrix units want.
+    One row: so few outputs a program that there are some hundred programs. Several: 16, which matrix units want.
     """
+    whole = max(16, triton.next_power_of_2(size))
     if rows == 1:
-        return Launch(outputs=4, inputs=min(512, max(16, triton.next_power_of_2(size))), warps=4, stages=1)
+        few = outputs <= 2048
+        return Launch(outputs=2 if few else 8, inputs=min(1024 if few else 512, whole), warps=4, stages=1)
     if wide:
-        return Launch(outputs=16, inputs=min(64, max(16, triton.next_power_of_2(size))), warps=4, stages=2)
-    inputs = min(128 if gated or rows > 16 else 256, max(16, triton.next_power_of_2(size)))
-    return Launch(outputs=16, inputs=inputs, warps=4, stages=4)
+        return Launch(outputs=16, inputs=min(64, whole), warps=4, stages=2)
+    if rows <= 16:
+        return Launch(outputs=16, inputs=min(256, whole), warps=2, stages=4)
+    return Launch(outputs=16, inputs=min(128, whole), warps=4, stages=4)
 
 
 def step_linear_triton(
@@ -66,9 +69,10 @@ def step_linear_op(
     if y.numel() == 0:
         return y
     wide = INTERPRETED or x.dtype == torch.float32
-    how = tuning_of(size, rows, gated=gated, wide=wide)
     counts = [len(weight) for weight in weights]
-    blocks = sum(-(-count // how.outputs) for count in (counts[:1] if gated else counts))
+    separate = counts[:1] if gated else counts
+    how = tuning_of(size, rows, sum(separate), wide=wide)
+    blocks = sum(-(-count // how.outputs) for count in separate)
     missing = MAX_WEIGHTS - len(weights)
     residual = None if residual is None else residual if residual.stride(-1) == 1 else residual.contiguous()
     tensors = (
