@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from transmamba.modules.conv import CausalConv1d
+from transmamba.modules.plain import is_plain
 from transmamba.modules.scan_orders import REVERSED, DirectionOutput
-from transmamba.ops import selective_scan
+from transmamba.ops import causal_conv1d, selective_scan
 
 
 class BidirectionalMambaMixer(nn.Module):
@@ -61,8 +62,11 @@ class BidirectionalMambaMixer(nn.Module):
         self, x: Tensor, z: Tensor, conv: nn.Module, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor
     ) -> Tensor:
         """One direction's output, (b, l, d), from x and z in its order."""
-        window = pad(x, (0, 0, self.conv1d.kernel_size[0] - 1, 0))
-        u = silu(conv(window.transpose(1, 2)).transpose(1, 2))
+        if is_plain(conv, CausalConv1d):
+            u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", validate=False)
+        else:  # adapters, hooks
+            window = pad(x, (0, 0, self.conv1d.kernel_size[0] - 1, 0))
+            u = silu(conv(window.transpose(1, 2)).transpose(1, 2))
         dt, B, C = x_proj(u).split(self.split_sizes, dim=-1)
         u, delta, B, C, z = (given.transpose(1, 2) for given in (u, dt_proj(dt), B, C, z))
         A = -torch.exp(A_log.float())  # bf16 would move A by up to 0.8 %
