@@ -103,7 +103,7 @@ def test_optional_inputs_may_be_absent(monkeypatch: pytest.MonkeyPatch, absent: 
 
 
 @pytest.mark.parametrize(
-    ("state_size", "dim", "channels"), [(1, 1, 32), (2, 33, 32), (16, 33, 32), (17, 9, 8), (64, 5, 4)]
+    ("state_size", "dim", "channels"), [(1, 1, 32), (2, 33, 32), (16, 33, 32), (17, 9, 16), (64, 5, 8)]
 )
 def test_every_state_size(state_size: int, dim: int, channels: int) -> None:
     assert launches().tuning_of(state_size).channels == channels

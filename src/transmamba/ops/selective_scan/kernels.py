@@ -1,12 +1,15 @@
 """The Triton kernels of selective_scan. A program carries the states of one block of channels over one segment.
 
-Letters: T tokens of a step of the loop; D channels of a block, one for each of neighbouring threads; N states, of
-which a thread holds NI, and NL threads together hold all. A tile is (NI, NL, D), which a warp holds as written here:
-sums over states are additions within threads and log2(NL) exchanges between them, sums over channels log2(D) exchanges.
+Letters: T tokens of a step of the loop. A program, one warp, holds N = NI * NL states of W = K * D channels: a thread NI
+states of K channels, in registers, NL * D = 32 threads the others. State i * NL + l of channel k * D + d is entry
+(i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per channel, a
+(W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are few:
+`spread`, `over_states` and `over_channels`.
 
 Channels are neighbours in memory, and so are states: u, delta, z, y (batch, tokens, channels), B, C (batch, groups,
-tokens, states), states (..., N, channels), A (N, channels). Loads of T tokens come before their arithmetic, so that
-one wait is for all. Derivation: docs/ops/selective_scan.md.
+tokens, states), states (..., N, channels), A (N, channels). U_T and the like are from one token to the next, and known
+to the compiler, so that the T tokens of a step need one address. Loads of T tokens come before their arithmetic, so
+that one wait is for all. Derivation: docs/ops/selective_scan.md.
 """
 
 import triton
@@ -15,58 +18,77 @@ import triton.language as tl
 from transmamba.ops.ssd_scan.kernels import segment_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def places_of(NI: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
-    """The states and channels of a tile, (NI, NL, 1) and (1, 1, D).
-
-    Told that neighbours are not contiguous, the compiler leaves a tile as it is, and does not give threads four
-    neighbouring channels each, for which it would have to move every tile before every sum.
-    """
-    n = tl.arange(0, NI)[:, None, None] * NL + tl.arange(0, NL)[None, :, None]
-    d = tl.arange(0, D)[None, None, :]
-    if NL > 1:
-        n = tl.max_contiguous(n, [1, 1, 1])
-    return n, tl.max_contiguous(d, [1, 1, 1])
+def entries_of(NI: tl.constexpr, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    """State and channel of the entries of a tile, as (NI * K, NL * D): registers and threads."""
+    register, lane = tl.arange(0, NI * K)[:, None], tl.arange(0, NL * D)[None, :]
+    return register // K * NL + lane // D, register % K * D + lane % D
 
 
 @triton.jit
-def load_states(place, of_n, EVEN: tl.constexpr):
-    """B or C of one token; EVEN: a tile holds no states but the scan's, and nothing is to be masked."""
-    if EVEN:
-        states = tl.load(place)
+def load_tile(place, mask, NI: tl.constexpr, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    return tl.reshape(tl.load(place, mask=mask, other=0.0), (NI, K, NL, D))
+
+
+@triton.jit
+def store_tile(place, x, mask, NI: tl.constexpr, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    tl.store(place, tl.reshape(x, (NI * K, NL * D)), mask=mask)
+
+
+@triton.jit
+def load_states(place, n, STATES: tl.constexpr, N: tl.constexpr):
+    """B or C of one token; zeros behind the last state."""
+    if STATES == N:
+        states = tl.load(place + n)
     else:
-        states = tl.load(place, mask=of_n, other=0.0)
+        states = tl.load(place + n, mask=n < STATES, other=0.0)
     return states
 
 
 @triton.jit
-def over_states(x):
-    return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=1, keep_dims=True)
+def spread(x, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    """(K * D,) as (1, K, NL, D): to all threads that hold states of the channel."""
+    if NL > 1:
+        i = tl.arange(0, K * NL * D)
+        x = tl.gather(x, i // (NL * D) * D + i % D, 0)
+    return tl.reshape(x, (1, K, NL, D))
 
 
 @triton.jit
-def over_channels(x, N: tl.constexpr, D: tl.constexpr):
-    """Sums (N,) of a tile, which trades places first: states go to threads, and the channels to add into each thread.
+def over_states(x, S: tl.constexpr, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    """Sums (K * D, S) of S tiles, given as (K, NL, D, S): what threads have summed over their own states.
 
-    tl.split wants both halves in one thread, so that the compiler moves the tile there, once through shared memory;
-    log2(D) exchanges of every state would cost four times as many instructions.
+    tl.split wants both halves in one thread, so that the compiler moves all that is to be added there, and each channel
+    to one thread, once through shared memory. Sums by exchanges between threads would leave each in all of them.
     """
-    PARTS: tl.constexpr = 32 // N if N < 32 else 1  # threads to a state
+    if NL > 1:
+        x = tl.permute(tl.reshape(x, (K, NL // 2, 2, D, S)), (1, 4, 0, 3, 2))
+        even, odd = tl.split(x)
+        x = tl.permute(tl.sum(even + odd, axis=0), (1, 2, 0))
+    return tl.reshape(x, (K * D, S))
+
+
+@triton.jit
+def over_channels(x, S: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Sums (N, S) of S tiles, given as (N, D, S): what threads have summed over their own channels. See over_states."""
+    PARTS: tl.constexpr = 32 // (N * S) if N * S < 32 else 1  # threads to a sum
     EACH: tl.constexpr = D // PARTS
-    if EACH == 1:
-        sums = tl.sum(tl.reshape(x, (N, D)), axis=1)
-    else:
-        even, odd = tl.split(tl.permute(tl.reshape(x, (N, PARTS, EACH // 2, 2)), (2, 1, 0, 3)))
+    if EACH > 1:
+        x = tl.permute(tl.reshape(x, (N, PARTS, EACH // 2, 2, S)), (2, 1, 0, 4, 3))
+        even, odd = tl.split(x)
         sums = tl.sum(tl.sum(even + odd, axis=0), axis=0)
+    else:
+        sums = tl.sum(x, axis=1)
     return sums
 
 
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)) to fp32's last bits for any x: the GPU's logarithm is inexact near 1, so log1p is a series."""
-    e = tl.exp(-tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -LOG2_E)
     s = e / (2.0 + e)  # log(1 + e) = 2 artanh(s), and s <= 1/3: the terms left out are below 2^-29 of the sum
     q = s * s
     series = 2.0 / 13 + q * (2.0 / 15)
@@ -77,23 +99,22 @@ def softplus(x):
 
 
 @triton.jit
-def raw_step(delta, bias):
-    return delta.to(tl.float32) + bias
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
-def step_of(raw, inside, SOFTPLUS: tl.constexpr):
-    """The step; 0 behind the end, which leaves the state as it is."""
-    step = softplus(raw) if SOFTPLUS else raw
-    return tl.where(inside, step, 0.0)
+def step_of(delta, shift, SOFTPLUS: tl.constexpr):
+    raw = delta.to(tl.float32) + shift
+    return softplus(raw) if SOFTPLUS else raw
 
 
 @triton.jit
-def block_of(segments, index, channels, blocks, groups, D: tl.constexpr):
+def block_of(segments, index, channels, blocks, groups, W: tl.constexpr):
     """(segment, group, first channel, channels from there to the group's end) of a program."""
     block = index % blocks
     group = (index // blocks) % groups
-    return index // (blocks * groups), group, group * channels + block * D, channels - block * D
+    return index // (blocks * groups), group, group * channels + block * W, channels - block * W
 
 
 @triton.jit
@@ -113,26 +134,26 @@ def scan_kernel(
     total,
     segments,
     u_b,
-    u_t,
     delta_b,
-    delta_t,
     B_b,
     B_g,
-    B_t,
     C_b,
     C_g,
-    C_t,
     z_b,
-    z_t,
     y_b,
-    y_t,
-    dim,
     channels,
     blocks,
     groups,
     B_group,
     C_group,
-    states,
+    U_T: tl.constexpr,
+    DELTA_T: tl.constexpr,
+    B_T: tl.constexpr,
+    C_T: tl.constexpr,
+    Z_T: tl.constexpr,
+    Y_T: tl.constexpr,
+    DIM: tl.constexpr,
+    STATES: tl.constexpr,
     ENTERING: tl.constexpr,
     BY_ROW: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -145,86 +166,92 @@ def scan_kernel(
     STORE_END: tl.constexpr,
     T: tl.constexpr,
     NI: tl.constexpr,
+    K: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """Carry states over a segment: h <- exp(step A) h + step u B, y = (C . h + D u) silu(z).
 
     ENTERING: start from `entering`, one state per segment, or with BY_ROW per row; zeros otherwise. STORE_Y: write y.
-    STORE_CHUNKS: write the state that enters each T tokens. STORE_LEFT: write the state at the segment's end and the
-    sum of its steps. STORE_END: write the state at the row's end.
+    STORE_CHUNKS: write the state that enters each T tokens, as tiles lie. STORE_LEFT: write the state at the segment's
+    end and the sum of its steps. STORE_END: write the state at the row's end.
     """
-    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, D)
+    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, K * D)
     batch, start, count, first_chunk, row, _, is_last = segment_of(segments, segment)
-    n, d = places_of(NI, NL, D)
-    of_n, of_d = n < states, d < rest
-    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
-    plane, tile = n.to(tl.int64) * dim + channel + d, n * D + d
-    stored = of_n & of_d
-    plane_size = tl.cast(states, tl.int64) * dim
-    rate = tl.load(A + plane, mask=stored, other=0.0) * LOG2_E
-    shift = tl.zeros((1, 1, D), tl.float32)
+    n, d = entries_of(NI, K, NL, D)
+    plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
+    plane = tl.multiple_of(plane, [1, 1])
+    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
+    d = tl.arange(0, K * D)
+    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in; what it gives is lost
+    rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
+    shift = tl.zeros((K * D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + read).to(tl.float32)
-    weight = tl.zeros((1, 1, D), tl.float32)
+    weight = tl.zeros((K * D,), tl.float32)
     if SKIP:
         weight = tl.load(skip + read).to(tl.float32)
-    h = tl.zeros((NI, NL, D), tl.float32)
+    h = tl.zeros((NI, K, NL, D), tl.float32)
     if ENTERING:
         origin = row if BY_ROW else segment.to(tl.int64)
-        h = tl.load(entering + origin * plane_size + plane, mask=stored, other=0.0)
-    u += batch * u_b + start * u_t + read
-    delta += batch * delta_b + start * delta_t + read
-    z += batch * z_b + start * z_t + read
-    y += batch * y_b + start * y_t + channel + d
-    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_t + n
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
-    chunk_size = blocks * groups * (NI * NL * D)
-    chunk_states += first_chunk * chunk_size + tl.program_id(0) % (blocks * groups) * (NI * NL * D) + tile
-    steps = tl.zeros((1, 1, D), tl.float32)
-    for first in range(0, count, T):
-        u_s, step_s, B_s, C_s, z_s = (), (), (), (), ()
-        for i in tl.static_range(T):
-            # Behind the end the last token stands in: its step is 0.
-            at = tl.minimum(i, count - 1 - first)
-            u_s += (tl.load(u + at * u_t),)
-            step_s += (tl.load(delta + at * delta_t),)
-            B_s += (load_states(B + at * B_t, of_n, EVEN),)
-            if STORE_Y:
-                C_s += (load_states(C + at * C_t, of_n, EVEN),)
-                if GATE:
-                    z_s += (tl.load(z + at * z_t),)
-        if STORE_CHUNKS:
-            tl.store(chunk_states, h)
-        for i in tl.static_range(T):
-            t = first + i
-            x = u_s[i].to(tl.float32)
-            step = step_of(raw_step(step_s[i], shift), t < count, SOFTPLUS)
-            h = h * tl.exp2(rate * step) + B_s[i] * (step * x)
-            if STORE_LEFT:
-                steps += step
-            if STORE_Y:
-                out = over_states(h * C_s[i])
-                if SKIP:
-                    out += weight * x
-                if GATE:
-                    gate = z_s[i].to(tl.float32)
-                    out *= gate * tl.sigmoid(gate)
-                tl.store(y + i * y_t, out.to(y.dtype.element_ty), mask=d < tl.where(t < count, rest, 0))
-        u += T * u_t
-        delta += T * delta_t
-        B += T * B_t
-        C += T * C_t
-        z += T * z_t
-        y += T * y_t
-        chunk_states += chunk_size
+        h = load_tile(entering + origin * (STATES * DIM) + plane, stored, NI, K, NL, D)
+    u += batch * u_b + start * U_T
+    delta += batch * delta_b + start * DELTA_T
+    z += batch * z_b + start * Z_T
+    y += batch * y_b + start * Y_T + channel
+    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_T
+    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_T
+    places = blocks * groups
+    tile = tl.arange(0, NI * K)[:, None] * (NL * D) + tl.arange(0, NL * D)[None, :]
+    tile = tl.multiple_of(tile, [1, 1])
+    chunk_states += (first_chunk * places + tl.program_id(0) % places) * (NI * K * NL * D)
+    steps = tl.zeros((K * D,), tl.float32)
+    tail = count % T
+    for TAIL in tl.static_range(2):  # first all whole T, of which nothing is to be masked
+        for _ in range(0, tl.minimum(tail, 1) if TAIL else count // T):
+            u_s, step_s, B_s, C_s, z_s = (), (), (), (), ()
+            for i in tl.static_range(T):
+                at = tl.minimum(i, tail - 1) if TAIL else i  # behind the end the last token stands in: its step is 0
+                u_s += (tl.load(u + at * U_T + read),)
+                step_s += (tl.load(delta + at * DELTA_T + read),)
+                B_s += (load_states(B + at * B_T, n, STATES, NI * NL),)
+                if STORE_Y:
+                    C_s += (load_states(C + at * C_T, n, STATES, NI * NL),)
+                    if GATE:
+                        z_s += (tl.load(z + at * Z_T + read),)
+            if STORE_CHUNKS:
+                tl.store(chunk_states + tile, tl.reshape(h, (NI * K, NL * D)))
+            for i in tl.static_range(T):
+                x = u_s[i].to(tl.float32)
+                step = step_of(step_s[i], shift, SOFTPLUS)
+                if TAIL:
+                    step = tl.where(i < tail, step, 0.0)
+                h = h * tl.exp2(rate * spread(step, K, NL, D)) + B_s[i] * spread(step * x, K, NL, D)
+                if STORE_LEFT:
+                    steps += step
+                if STORE_Y:
+                    out = tl.reshape(tl.sum(h * C_s[i], axis=0), (K, NL, D, 1))
+                    out = tl.reshape(over_states(out, 1, K, NL, D), (K * D,))
+                    if SKIP:
+                        out += weight * x
+                    if GATE:
+                        gate = z_s[i].to(tl.float32)
+                        out *= gate * sigmoid(gate)
+                    here = d < (tl.where(i < tail, rest, 0) if TAIL else rest)
+                    tl.store(y + i * Y_T + d, out.to(y.dtype.element_ty), mask=here)
+            u += T * U_T
+            delta += T * DELTA_T
+            B += T * B_T
+            C += T * C_T
+            z += T * Z_T
+            y += T * Y_T
+            chunk_states += places * (NI * K * NL * D)
     if STORE_LEFT:
-        tl.store(left + segment.to(tl.int64) * plane_size + plane, h, mask=stored)
-        tl.store(total + segment.to(tl.int64) * dim + channel + d, steps, mask=of_d)
+        store_tile(left + segment.to(tl.int64) * (STATES * DIM) + plane, h, stored, NI, K, NL, D)
+        tl.store(total + segment.to(tl.int64) * DIM + channel + d, steps, mask=d < rest)
     if STORE_END:
         if is_last != 0:
-            tl.store(left + row * plane_size + plane, h, mask=stored)
+            store_tile(left + row * (STATES * DIM) + plane, h, stored, NI, K, NL, D)
 
 
 @triton.jit
@@ -238,74 +265,73 @@ def costate_kernel(
     left,
     segments,
     delta_b,
-    delta_t,
     C_b,
     C_g,
-    C_t,
     z_b,
-    z_t,
     dy_b,
-    dy_t,
-    dim,
     channels,
     blocks,
     groups,
     C_group,
-    states,
+    DELTA_T: tl.constexpr,
+    C_T: tl.constexpr,
+    Z_T: tl.constexpr,
+    DY_T: tl.constexpr,
+    DIM: tl.constexpr,
+    STATES: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     BIAS: tl.constexpr,
     GATE: tl.constexpr,
     T: tl.constexpr,
     NI: tl.constexpr,
+    K: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """What a segment adds to the gradient of the state that enters it: g <- exp(step A) (g + C dy), from its end."""
-    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, D)
+    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, K * D)
     batch, start, count, _, _, _, _ = segment_of(segments, segment)
-    n, d = places_of(NI, NL, D)
-    of_n, of_d = n < states, d < rest
-    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
-    plane = n.to(tl.int64) * dim + channel + d
-    rate = tl.load(A + plane, mask=of_n & of_d, other=0.0) * LOG2_E
-    shift = tl.zeros((1, 1, D), tl.float32)
+    n, d = entries_of(NI, K, NL, D)
+    plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
+    plane = tl.multiple_of(plane, [1, 1])
+    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
+    d = tl.arange(0, K * D)
+    read = channel + tl.minimum(d, rest - 1)
+    rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
+    shift = tl.zeros((K * D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + read).to(tl.float32)
-    delta += batch * delta_b + start * delta_t + read
-    z += batch * z_b + start * z_t + read
-    dy += batch * dy_b + start * dy_t + read
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
-    g = tl.zeros((NI, NL, D), tl.float32)
-    chunks = tl.cdiv(count, T)
-    last = tl.cast((chunks - 1) * T, tl.int64)
-    delta += last * delta_t
-    z += last * z_t
-    dy += last * dy_t
-    C += last * C_t
-    for j in range(0, chunks):
-        first = (chunks - 1 - j) * T
-        step_s, dy_s, C_s, z_s = (), (), (), ()
-        for i in tl.static_range(T):
-            # Behind the end the last token stands in: its step is 0.
-            at = tl.minimum(i, count - 1 - first)
-            step_s += (tl.load(delta + at * delta_t),)
-            dy_s += (tl.load(dy + at * dy_t),)
-            C_s += (load_states(C + at * C_t, of_n, EVEN),)
-            if GATE:
-                z_s += (tl.load(z + at * z_t),)
-        for i in tl.static_range(T - 1, -1, -1):
-            step = step_of(raw_step(step_s[i], shift), first + i < count, SOFTPLUS)
-            read = tl.where(first + i < count, dy_s[i].to(tl.float32), 0.0)
-            if GATE:
-                gate = z_s[i].to(tl.float32)
-                read *= gate * tl.sigmoid(gate)
-            g = (g + C_s[i] * read) * tl.exp2(rate * step)
-        delta -= T * delta_t
-        z -= T * z_t
-        dy -= T * dy_t
-        C -= T * C_t
-    tl.store(left + segment.to(tl.int64) * (tl.cast(states, tl.int64) * dim) + plane, g, mask=of_n & of_d)
+    tail = count % T
+    end = start + (count - tail)
+    delta += batch * delta_b + end * DELTA_T
+    z += batch * z_b + end * Z_T
+    dy += batch * dy_b + end * DY_T
+    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + end * C_T
+    g = tl.zeros((NI, K, NL, D), tl.float32)
+    for WHOLE in tl.static_range(2):
+        for _ in range(0, count // T if WHOLE else tl.minimum(tail, 1)):
+            if WHOLE:
+                delta -= T * DELTA_T
+                z -= T * Z_T
+                dy -= T * DY_T
+                C -= T * C_T
+            step_s, dy_s, C_s, z_s = (), (), (), ()
+            for i in tl.static_range(T):
+                at = i if WHOLE else tl.minimum(i, tail - 1)  # behind the end the last token stands in: its step is 0
+                step_s += (tl.load(delta + at * DELTA_T + read),)
+                dy_s += (tl.load(dy + at * DY_T + read),)
+                C_s += (load_states(C + at * C_T, n, STATES, NI * NL),)
+                if GATE:
+                    z_s += (tl.load(z + at * Z_T + read),)
+            for i in tl.static_range(T - 1, -1, -1):
+                step, of_output = step_of(step_s[i], shift, SOFTPLUS), dy_s[i].to(tl.float32)
+                if not WHOLE:
+                    step, of_output = tl.where(i < tail, step, 0.0), tl.where(i < tail, of_output, 0.0)
+                if GATE:
+                    gate = z_s[i].to(tl.float32)
+                    of_output *= gate * sigmoid(gate)
+                g = (g + C_s[i] * spread(of_output, K, NL, D)) * tl.exp2(rate * spread(step, K, NL, D))
+    store_tile(left + segment.to(tl.int64) * (STATES * DIM) + plane, g, stored, NI, K, NL, D)
 
 
 @triton.jit
@@ -356,34 +382,34 @@ def gradient_kernel(
     ddelta,
     dz,
     dA,
-    dB,
-    dC,
+    dBC,
     dskip,
     dbias,
     dentering,
     segments,
     u_b,
-    u_t,
     delta_b,
-    delta_t,
     B_b,
     B_g,
-    B_t,
     C_b,
     C_g,
-    C_t,
     z_b,
-    z_t,
     dy_b,
-    dy_t,
     tokens,
-    dim,
+    dC_from_dB,
     channels,
     blocks,
     groups,
     B_group,
     C_group,
-    states,
+    U_T: tl.constexpr,
+    DELTA_T: tl.constexpr,
+    B_T: tl.constexpr,
+    C_T: tl.constexpr,
+    Z_T: tl.constexpr,
+    DY_T: tl.constexpr,
+    DIM: tl.constexpr,
+    STATES: tl.constexpr,
     LEAVING: tl.constexpr,
     BY_ROW: tl.constexpr,
     STORE_ENTERING: tl.constexpr,
@@ -393,140 +419,139 @@ def gradient_kernel(
     GATE: tl.constexpr,
     T: tl.constexpr,
     NI: tl.constexpr,
+    K: tl.constexpr,
     NL: tl.constexpr,
     D: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """Gradients of one block of channels over one segment, from its end, from the states that enter each T tokens.
 
     g is the gradient of a state. It starts from `leaving`, one per segment, or with BY_ROW per row; zeros otherwise.
-    du, ddelta, dz (batch, tokens, dim). dB, dC (batch, groups, blocks, tokens, states): a part per block of channels.
-    dA (segments, states, dim), dskip, dbias (segments, dim): a part per segment. dentering (rows, states, dim).
+    du, ddelta, dz (batch, tokens, DIM). dBC (2, batch, groups, blocks, tokens, states): a part per block of channels.
+    dA (segments, states, DIM), dskip, dbias (segments, DIM): a part per segment. dentering (rows, states, DIM).
     """
-    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, D)
+    segment, group, channel, rest = block_of(segments, tl.program_id(0), channels, blocks, groups, K * D)
     block = tl.program_id(0) % blocks
     batch, start, count, first_chunk, row, is_first, _ = segment_of(segments, segment)
-    n, d = places_of(NI, NL, D)
-    of_n, of_d = n < states, d < rest
-    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, and is not written
-    plane, tile = n.to(tl.int64) * dim + channel + d, n * D + d
-    stored = of_n & of_d
-    plane_size = tl.cast(states, tl.int64) * dim
-    rate = tl.load(A + plane, mask=stored, other=0.0)
-    shift = tl.zeros((1, 1, D), tl.float32)
+    n, d = entries_of(NI, K, NL, D)
+    plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
+    plane = tl.multiple_of(plane, [1, 1])
+    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
+    d = tl.arange(0, K * D)
+    read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, with dy = 0
+    rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
+    shift = tl.zeros((K * D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + read).to(tl.float32)
-    weight = tl.zeros((1, 1, D), tl.float32)
+    weight = tl.zeros((K * D,), tl.float32)
     if SKIP:
         weight = tl.load(skip + read).to(tl.float32)
-    g = tl.zeros((NI, NL, D), tl.float32)
+    g = tl.zeros((NI, K, NL, D), tl.float32)
     if LEAVING:
         origin = row if BY_ROW else segment.to(tl.int64)
-        g = tl.load(leaving + origin * plane_size + plane, mask=stored, other=0.0)
-    u += batch * u_b + start * u_t + read
-    delta += batch * delta_b + start * delta_t + read
-    z += batch * z_b + start * z_t + read
-    dy += batch * dy_b + start * dy_t + read
-    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_t + n
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_t + n
-    written = (batch * tokens + start) * dim + channel + d
+        g = load_tile(leaving + origin * (STATES * DIM) + plane, stored, NI, K, NL, D)
+    tail = count % T
+    end = start + (count - tail)
+    u += batch * u_b + end * U_T
+    delta += batch * delta_b + end * DELTA_T
+    z += batch * z_b + end * Z_T
+    dy += batch * dy_b + end * DY_T
+    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + end * B_T
+    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + end * C_T
+    written = (batch * tokens + end) * DIM + channel
     du += written
     ddelta += written
     dz += written
-    line = tl.arange(0, NI * NL)
-    parts = (((batch * groups + group) * blocks + block) * tokens + start) * states + line
-    dB += parts
-    dC += parts
-    chunk_size = blocks * groups * (NI * NL * D)
-    chunk_states += first_chunk * chunk_size + tl.program_id(0) % (blocks * groups) * (NI * NL * D) + tile
-    rate_sum = tl.zeros((NI, NL, D), tl.float32)
-    skip_sum = tl.zeros((1, 1, D), tl.float32)
-    bias_sum = tl.zeros((1, 1, D), tl.float32)
-    chunks = tl.cdiv(count, T)
-    last = tl.cast((chunks - 1) * T, tl.int64)
-    u += last * u_t
-    delta += last * delta_t
-    z += last * z_t
-    dy += last * dy_t
-    B += last * B_t
-    C += last * C_t
-    du += last * dim
-    ddelta += last * dim
-    dz += last * dim
-    dB += last * states
-    dC += last * states
-    chunk_states += tl.cast(chunks - 1, tl.int64) * chunk_size
-    for j in range(0, chunks):
-        chunk = chunks - 1 - j
-        u_s, raw_s, step_s, z_s, dy_s = (), (), (), (), ()
-        h_s = (tl.load(chunk_states),)
-        for i in tl.static_range(T):
-            at = tl.minimum(i, count - 1 - chunk * T)  # behind the end the last token stands in: its step is 0
-            u_s += (tl.load(u + at * u_t),)
-            raw_s += (tl.load(delta + at * delta_t),)
-            dy_s += (tl.load(dy + at * dy_t),)
-            if GATE:
-                z_s += (tl.load(z + at * z_t),)
-        for i in tl.static_range(T):
-            at = tl.minimum(i, count - 1 - chunk * T)
-            step = step_of(raw_step(raw_s[i], shift), chunk * T + i < count, SOFTPLUS)
-            step_s += (step,)
-            if i < T - 1:
-                writes = load_states(B + at * B_t, of_n, EVEN)
-                h_s += (h_s[i] * tl.exp2(rate * (step * LOG2_E)) + writes * (step * u_s[i].to(tl.float32)),)
-        for i in tl.static_range(T - 1, -1, -1):
-            t = chunk * T + i
-            here, there = d < tl.where(t < count, rest, 0), line < tl.where(t < count, states, 0)
-            x, step = u_s[i].to(tl.float32), step_s[i]
-            at = tl.minimum(i, count - 1 - chunk * T)
-            reads = load_states(C + at * C_t, of_n, EVEN)
-            writes = load_states(B + at * B_t, of_n, EVEN)
-            of_output = tl.where(here, dy_s[i].to(tl.float32), 0.0)
-            remains = h_s[i] * tl.exp2(rate * (step * LOG2_E))
-            h = remains + writes * (step * x)
-            if GATE:
-                gate = z_s[i].to(tl.float32)
-                open_ = tl.sigmoid(gate)
-                out = over_states(h * reads)
+    dBC += (((batch * groups + group) * blocks + block) * tokens + end) * STATES
+    line = tl.arange(0, NI * NL)[:, None]
+    of_B_and_C = line + tl.arange(0, 2)[None, :] * tl.cast(dC_from_dB, tl.int64)
+    places = blocks * groups
+    tile = tl.arange(0, NI * K)[:, None] * (NL * D) + tl.arange(0, NL * D)[None, :]
+    tile = tl.multiple_of(tile, [1, 1])
+    chunk_states += ((first_chunk + count // T) * places + tl.program_id(0) % places) * (NI * K * NL * D)
+    rate_sum = tl.zeros((NI, K, NL, D), tl.float32)
+    skip_sum = tl.zeros((K * D,), tl.float32)
+    bias_sum = tl.zeros((K * D,), tl.float32)
+    for WHOLE in tl.static_range(2):  # last all whole T, of which no token is to be masked
+        for _ in range(0, count // T if WHOLE else tl.minimum(tail, 1)):
+            if WHOLE:
+                u -= T * U_T
+                delta -= T * DELTA_T
+                z -= T * Z_T
+                dy -= T * DY_T
+                B -= T * B_T
+                C -= T * C_T
+                du -= T * DIM
+                ddelta -= T * DIM
+                dz -= T * DIM
+                dBC -= T * STATES
+                chunk_states -= places * (NI * K * NL * D)
+            u_s, delta_s, step_s, z_s, dy_s = (), (), (), (), ()
+            for i in tl.static_range(T):
+                at = i if WHOLE else tl.minimum(i, tail - 1)  # behind the end the last token stands in: its step is 0
+                u_s += (tl.load(u + at * U_T + read),)
+                delta_s += (tl.load(delta + at * DELTA_T + read),)
+                dy_s += (tl.load(dy + at * DY_T + read),)
+                if GATE:
+                    z_s += (tl.load(z + at * Z_T + read),)
+            h_s = (tl.reshape(tl.load(chunk_states + tile), (NI, K, NL, D)),)
+            for i in tl.static_range(T):
+                at = i if WHOLE else tl.minimum(i, tail - 1)
+                step_s += (step_of(delta_s[i], shift, SOFTPLUS),)
+                if i < T - 1:
+                    writes = load_states(B + at * B_T, n, STATES, NI * NL)
+                    moved = spread(step_s[i] * u_s[i].to(tl.float32), K, NL, D)
+                    h_s += (h_s[i] * tl.exp2(rate * spread(step_s[i], K, NL, D)) + writes * moved,)
+            for i in tl.static_range(T - 1, -1, -1):
+                at = i if WHOLE else tl.minimum(i, tail - 1)
+                here = d < (rest if WHOLE else tl.where(i < tail, rest, 0))
+                there = line < (STATES if WHOLE else tl.where(i < tail, STATES, 0))
+                # Not the same number as above, for the compiler: it would keep the decays of T tokens in registers.
+                x, step = u_s[i].to(tl.float32), tl.where(here, step_s[i], 0.0)
+                of_output = tl.where(here, dy_s[i].to(tl.float32), 0.0)
+                reads = load_states(C + at * C_T, n, STATES, NI * NL)
+                writes = load_states(B + at * B_T, n, STATES, NI * NL)
+                steps, moved = spread(step, K, NL, D), spread(step * x, K, NL, D)
+                decay = tl.exp2(rate * steps)
+                remains = h_s[i] * decay
+                if i == T - 1:
+                    h = remains + writes * moved
+                else:
+                    h = h_s[i + 1]
+                if GATE:
+                    gate = z_s[i].to(tl.float32)
+                    open_ = sigmoid(gate)
+                    out = tl.reshape(tl.sum(h * reads, axis=0), (K, NL, D, 1))
+                    out = tl.reshape(over_states(out, 1, K, NL, D), (K * D,))
+                    if SKIP:
+                        out += weight * x
+                    of_gate = of_output * out * (open_ * (1.0 + gate * (1.0 - open_)))
+                    tl.store(dz + i * DIM + d, of_gate.to(dz.dtype.element_ty), mask=here)
+                    of_output *= gate * open_
+                of_outputs = spread(of_output, K, NL, D)
+                g += reads * of_outputs
+                of_states = tl.join(tl.sum(g * moved, axis=1), tl.sum(h * of_outputs, axis=1))
+                of_states = over_channels(tl.reshape(of_states, (NI * NL, D, 2)), 2, NI * NL, D)
+                tl.store(dBC + i * STATES + of_B_and_C, of_states, mask=there)
+                of_exponent = g * remains
+                rate_sum += of_exponent * steps
+                of_channels = tl.join(tl.sum(g * writes, axis=0), tl.sum(of_exponent * rate, axis=0))
+                g *= decay
+                of_written, of_step = tl.split(over_states(of_channels, 2, K, NL, D))
+                of_u = of_written * step
                 if SKIP:
-                    out += weight * x
-                of_gate = of_output * out * (open_ * (1.0 + gate * (1.0 - open_)))
-                tl.store(dz + i * dim, of_gate.to(dz.dtype.element_ty), mask=here)
-                of_output *= gate * open_
-            tl.store(dC + i * states, over_channels(h * of_output, NI * NL, D), mask=there)
-            g += reads * of_output
-            tl.store(dB + i * states, over_channels(g * (step * x), NI * NL, D), mask=there)
-            of_written = over_states(g * writes)
-            of_u = of_written * step
-            if SKIP:
-                of_u += weight * of_output
-                skip_sum += of_output * x
-            tl.store(du + i * dim, of_u.to(du.dtype.element_ty), mask=here)
-            of_exponent = g * remains
-            g *= tl.exp2(rate * (step * LOG2_E))
-            rate_sum += of_exponent * step
-            of_step = over_states(of_exponent * rate) + of_written * x
-            if SOFTPLUS:
-                of_step *= tl.sigmoid(raw_step(raw_s[i], shift))
-            tl.store(ddelta + i * dim, of_step.to(ddelta.dtype.element_ty), mask=here)
-            bias_sum += tl.where(t < count, of_step, 0.0)
-        u -= T * u_t
-        delta -= T * delta_t
-        z -= T * z_t
-        dy -= T * dy_t
-        B -= T * B_t
-        C -= T * C_t
-        du -= T * dim
-        ddelta -= T * dim
-        dz -= T * dim
-        dB -= T * states
-        dC -= T * states
-        chunk_states -= chunk_size
-    tl.store(dA + segment.to(tl.int64) * plane_size + plane, rate_sum, mask=stored)
+                    of_u += weight * of_output
+                    skip_sum += of_output * x
+                tl.store(du + i * DIM + d, of_u.to(du.dtype.element_ty), mask=here)
+                of_step = of_step * LN_2 + of_written * x
+                if SOFTPLUS:
+                    of_step *= sigmoid(delta_s[i].to(tl.float32) + shift)
+                tl.store(ddelta + i * DIM + d, of_step.to(ddelta.dtype.element_ty), mask=here)
+                bias_sum += tl.where(here, of_step, 0.0)
+    store_tile(dA + segment.to(tl.int64) * (STATES * DIM) + plane, rate_sum, stored, NI, K, NL, D)
     if SKIP:
-        tl.store(dskip + segment.to(tl.int64) * dim + channel + d, skip_sum, mask=of_d)
+        tl.store(dskip + segment.to(tl.int64) * DIM + channel + d, skip_sum, mask=d < rest)
     if BIAS:
-        tl.store(dbias + segment.to(tl.int64) * dim + channel + d, bias_sum, mask=of_d)
+        tl.store(dbias + segment.to(tl.int64) * DIM + channel + d, bias_sum, mask=d < rest)
     if STORE_ENTERING:
         if is_first != 0:
-            tl.store(dentering + row * plane_size + plane, g, mask=stored)
+            store_tile(dentering + row * (STATES * DIM) + plane, g, stored, NI, K, NL, D)

@@ -29,38 +29,42 @@ RECUR_BLOCK = 256  # entries of a state per program of the recurrence between se
 class Tuning:
     """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
 
-    tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread; the others of a
-    channel lie in neighbouring threads. With `whole` programs rows stay whole; where they are cut, `programs` result.
+    tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread that writes
+    outputs; backward_states: of a thread of all other kernels. registers: of a thread of the gradients, at most. With
+    `whole` programs rows stay whole; where they are cut, `programs` result.
     """
 
     tokens: int
     channels: int
     states: int
+    backward_states: int
+    registers: int
     whole: int
     programs: int
 
-    def constants(self, state_size: int) -> dict[str, int]:
-        """Compile-time arguments of the kernels, and how they are launched."""
-        return {
-            "T": self.tokens,
-            "NI": self.states,
-            "NL": triton.next_power_of_2(state_size) // self.states,
-            "D": self.channels,
-            "EVEN": state_size == triton.next_power_of_2(state_size),
-            "num_warps": 1,
-        }
+    def constants(self, state_size: int, states: int) -> dict[str, int]:
+        """Compile-time arguments of the kernels whose threads hold so many states, and how they are launched."""
+        threads = triton.next_power_of_2(state_size) // states  # to all states of a channel
+        lanes = LANES // threads
+        return {"T": self.tokens, "NI": states, "K": self.channels // lanes, "NL": threads, "D": lanes, "num_warps": 1}
 
 
 def tuning_of(state_size: int) -> Tuning:
-    """Return the configuration for this size; a table, not a search. Chosen from register counts, not yet from times.
+    """Return the configuration for this size; a table, not a search. Chosen from instruction counts, not yet from times.
 
-    More states in a thread, or more tokens at a time, do not fit the registers of the gradients.
+    A thread of the gradients holds up to 16 entries of a tile, of 4 tokens; more do not fit its registers.
     """
     n = triton.next_power_of_2(state_size)
-    states = n if n <= 16 else 8
-    tokens = 4 if n <= 16 else 2
-    # An H100 runs 528 warps at once: with fewer than two for each place, a warp waits for its own last result.
-    return Tuning(tokens=tokens, channels=LANES * states // n, states=states, whole=1024, programs=2048)
+    return Tuning(
+        tokens=4,
+        channels=min(LANES, 16 * LANES // n),
+        states=min(n, 16),
+        backward_states=min(n, 4),
+        registers=168,  # 12 warps of an H100's multiprocessor
+        # An H100 runs 528 warps at once: with fewer than two for each place, a warp waits for its own last result.
+        whole=1024,
+        programs=2048,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +105,14 @@ class Job:
         return len(self.segments) * self.groups * self.blocks
 
     @cached_property
-    def constants(self) -> dict[str, int]:
-        return self.tuning.constants(self.states)
+    def forward(self) -> dict[str, int]:
+        """Constants of the kernel that writes outputs."""
+        return self.tuning.constants(self.states, self.tuning.states)
+
+    @cached_property
+    def backward(self) -> dict[str, int]:
+        """Constants of all other kernels."""
+        return self.tuning.constants(self.states, self.tuning.backward_states)
 
     @cached_property
     def whole(self) -> bool:
@@ -153,6 +163,19 @@ class Call:
     @property
     def flags(self) -> dict[str, bool]:
         return {"SOFTPLUS": self.softplus, "BIAS": self.bias is not None, "GATE": self.z is not None}
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """From one token to the next, and sizes: known to the compiler (see kernels.py)."""
+        return {
+            "U_T": self.u.stride(2),
+            "DELTA_T": self.delta.stride(2),
+            "B_T": self.B.stride(3),
+            "C_T": self.C.stride(3),
+            "Z_T": self.present(self.z).stride(2),
+            "DIM": self.job.dim,
+            "STATES": self.job.states,
+        }
 
     def present(self, x: Tensor | None) -> Tensor:
         """x, or something in its place that no kernel reads."""
@@ -246,16 +269,13 @@ def _scan(
             job.segments.on(call.u.device)[0],
         ),
         (
-            *_batch_and_token(call.u),
-            *_batch_and_token(call.delta),
-            *_batch_group_and_token(call.B),
-            *_batch_group_and_token(call.C),
-            *_batch_and_token(call.present(call.z)),
-            *((0, 0) if y is None else (y.stride(0), y.stride(1))),
-            *(job.dim, job.channels, job.blocks, job.groups),
-            *(job.groups // job.B_groups, job.groups // job.C_groups, job.states),
+            *(call.u.stride(0), call.delta.stride(0), *call.B.stride()[:2], *call.C.stride()[:2]),
+            *(call.present(call.z).stride(0), 0 if y is None else y.stride(0)),
+            *(job.channels, job.blocks, job.groups, job.groups // job.B_groups, job.groups // job.C_groups),
         ),
         {
+            **call.strides,
+            "Y_T": 0 if y is None else y.stride(1),
             "ENTERING": entering is not None,
             "BY_ROW": job.whole,
             **call.flags,
@@ -264,7 +284,7 @@ def _scan(
             "STORE_CHUNKS": chunk_states is not None,
             "STORE_LEFT": by_segment,
             "STORE_END": last is not None,
-            **job.constants,
+            **(job.backward if y is None else job.forward),
         },
     )
 
@@ -282,13 +302,15 @@ def _costates(call: Call, dy: Tensor) -> Tensor:
             *(dy, left, job.segments.on(dy.device)[0]),
         ),
         (
-            *_batch_and_token(call.delta),
-            *_batch_group_and_token(call.C),
-            *_batch_and_token(call.present(call.z)),
-            *_batch_and_token(dy),
-            *(job.dim, job.channels, job.blocks, job.groups, job.groups // job.C_groups, job.states),
+            *(call.delta.stride(0), *call.C.stride()[:2], call.present(call.z).stride(0), dy.stride(0)),
+            *(job.channels, job.blocks, job.groups, job.groups // job.C_groups),
         ),
-        {**call.flags, **job.constants},
+        {
+            **{name: call.strides[name] for name in ("DELTA_T", "C_T", "Z_T", "DIM", "STATES")},
+            "DY_T": dy.stride(2),
+            **call.flags,
+            **job.backward,
+        },
     )
     return left
 
@@ -316,7 +338,7 @@ def _gradients(
     shape, count, blocks = (job.batch, job.tokens, job.dim), len(job.segments), job.blocks
     du, ddelta = call.u.new_empty(shape), call.delta.new_empty(shape)
     dz = _empty(call) if call.z is None else call.z.new_empty(shape)
-    dB, dC = (torch.empty(job.batch, job.groups, blocks, job.tokens, job.states, device=device) for _ in range(2))
+    parts = torch.empty(2, job.batch, job.groups, blocks, job.tokens, job.states, device=device)  # of dB and dC
     dA = call.states(count)
     dD, dbias = (_empty(call) if x is None else torch.empty(count, job.dim, device=device) for x in (call.D, call.bias))
     launch(
@@ -326,34 +348,33 @@ def _gradients(
             *(call.u, call.delta, call.A, call.B, call.C),
             *map(call.present, (call.D, call.z, call.bias)),
             *(dy, chunk_states, chunk_states if leaving is None else leaving),
-            *(du, ddelta, dz, dA, dB, dC, dD, dbias, dA if dfirst is None else dfirst),
+            *(du, ddelta, dz, dA, parts, dD, dbias, dA if dfirst is None else dfirst),
             job.segments.on(device)[0],
         ),
         (
-            *_batch_and_token(call.u),
-            *_batch_and_token(call.delta),
-            *_batch_group_and_token(call.B),
-            *_batch_group_and_token(call.C),
-            *_batch_and_token(call.present(call.z)),
-            *_batch_and_token(dy),
-            *(job.tokens, job.dim, job.channels, blocks, job.groups),
-            *(job.groups // job.B_groups, job.groups // job.C_groups, job.states),
+            *(call.u.stride(0), call.delta.stride(0), *call.B.stride()[:2], *call.C.stride()[:2]),
+            *(call.present(call.z).stride(0), dy.stride(0)),
+            *(job.tokens, parts.stride(0), job.channels, blocks, job.groups),
+            *(job.groups // job.B_groups, job.groups // job.C_groups),
         ),
         {
+            **call.strides,
+            "DY_T": dy.stride(2),
             "LEAVING": leaving is not None,
             "BY_ROW": job.whole,
             "STORE_ENTERING": dfirst is not None,
             **call.flags,
             "SKIP": call.D is not None,
-            **job.constants,
+            **job.backward,
+            "maxnreg": job.tuning.registers,
         },
     )
     return (
         du.transpose(1, 2),
         ddelta.transpose(1, 2),
         dA.sum(0).T,
-        _sum_blocks(dB, job.B_groups),
-        _sum_blocks(dC, job.C_groups),
+        _sum_blocks(parts[0], job.B_groups),
+        _sum_blocks(parts[1], job.C_groups),
         dD if call.D is None else dD.sum(0),
         dz if call.z is None else dz.transpose(1, 2),
         dbias if call.bias is None else dbias.sum(0),
@@ -412,14 +433,6 @@ def inside_out(state: Tensor) -> Tensor:
 
 def _outside_in(state: Tensor) -> Tensor:
     return state.transpose(1, 2)
-
-
-def _batch_and_token(x: Tensor) -> tuple[int, int]:
-    return x.stride(0), x.stride(2)
-
-
-def _batch_group_and_token(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(3)
 
 
 def _empty(call: Call) -> Tensor:
