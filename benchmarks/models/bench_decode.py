@@ -303,9 +303,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--most", type=int, default=10_000, help="rows of the largest batch at most")
     parser.add_argument("--steps", type=int, default=32, help="timed in each of three rounds")
-    parser.add_argument(
-        "--room", type=float, default=110.0, help="GB for weights, cache and the step"
-    )
+    parser.add_argument("--room", type=float, default=110.0, help="GB for weights, cache and the step")
     parser.add_argument("--dry", action="store_true", help="small, on a CPU, to see that it runs")
     options = parser.parse_args()
     big = {"layers": 64, "hidden": 1536, "mlp": 4096, "heads": 16, "vocab": 32_000, "context": 32_768, "trained": 8192}

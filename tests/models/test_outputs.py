@@ -198,6 +198,33 @@ def test_autocast_runs_and_trains(model: Model) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_autocast_casts_what_projections_share_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits to the last bit, nearly the same gradients, and one copy of each input to keep."""
+    ids = tokens(2, 12)
+
+    def train() -> tuple[Tensor, list[Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autocast(DEVICE.type, torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(ids, labels=ids, use_cache=False)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(out.loss, weights, allow_unused=True)
+        return out.logits, [x for x in found if x is not None], sum(kept.values())
+
+    logits, gradients, kept = train()
+    for name in ("mixer", "mlp"):
+        monkeypatch.setattr(f"transmamba.modules.{name}.cast_once", lambda x: x)
+    wide_logits, wide_gradients, wide_kept = train()
+    assert torch.equal(logits, wide_logits)
+    assert kept < wide_kept
+    # A sum of up to five gradients, each of which 16 bits have rounded already, is rounded up to four times more.
+    assert max(relative_rms_error(a, b) for a, b in zip(gradients, wide_gradients, strict=True)) < 2**-6
+
+
 def test_forward_compiles_as_one_graph_and_equals_eager() -> None:
     model, ids = tiny_model().requires_grad_(False), tokens(2, 12)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

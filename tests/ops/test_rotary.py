@@ -45,3 +45,29 @@ def test_scores_depend_on_the_distance_alone() -> None:
     q_r, k_r = (apply_rotary(x.expand(1, 9, 1, 6), angle.cos(), angle.sin())[0, :, 0] for x in (q, k))
     scores = q_r @ k_r.T
     assert relative_rms_error(scores[3:, 3:], scores[:-3, :-3]) < FP64_BOUND
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 7)], ids=["shared", "per row"])
+@pytest.mark.parametrize("scaling", [1.0, 1.3])
+def test_gradients_are_those_of_finite_differences(lead: tuple[int, ...], scaling: float) -> None:
+    x, (cos, sin) = torch.randn(2, 7, 3, 6).double().requires_grad_(), tables(*lead, 3, scaling=scaling)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, cos, sin), x)
+    assert torch.autograd.gradgradcheck(lambda x: apply_rotary(x, cos, sin).square(), x)
+    leaves = (x, cos.requires_grad_(), sin.requires_grad_())
+    assert torch.autograd.gradcheck(apply_rotary, leaves)
+
+
+def test_it_is_the_same_inside_a_transform_and_a_compiler() -> None:
+    x, (cos, sin) = torch.randn(2, 7, 3, 6).double(), tables(7, 3)
+    y, turned = torch.func.vjp(lambda x: apply_rotary(x, cos, sin), x)
+    assert relative_rms_error(y, apply_rotary(x, cos, sin)) < FP64_BOUND
+    assert relative_rms_error(turned(x)[0], apply_rotary(x, cos, -sin)) < FP64_BOUND
+    compiled = torch.compile(apply_rotary, backend="aot_eager", fullgraph=True)
+    assert relative_rms_error(compiled(x, cos, sin), y) < FP64_BOUND
+    torch.compiler.reset()
+
+
+def test_sixteen_bits_round_twice() -> None:
+    x, (cos, sin) = torch.randn(2, 57, 3, 6).bfloat16(), (t.bfloat16() for t in tables(57, 3))
+    exact = rotate(x.double(), (cos.double(), sin.double()))
+    assert relative_rms_error(apply_rotary(x, cos, sin), exact) < 2 * 2**-9

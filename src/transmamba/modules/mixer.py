@@ -30,6 +30,7 @@ from transmamba.ops import (
     ssd_step,
 )
 from transmamba.ops.causal_conv1d.torch import ConvWindow
+from transmamba.ops.precision import cast_once
 from transmamba.ops.rotary import undo_rotary
 
 
@@ -121,6 +122,7 @@ class TransMambaMixer(nn.Module):
         rewind: int = 0,
     ) -> Tensor:
         """Mix tokens along the sequence; with a cache, go on from it and leave it at the last token."""
+        hidden = cast_once(hidden)
         q, k, v = self.project(hidden, layout, cache, rewind)
         if rotary is None or not self.config.rotary:
             rotary = None

@@ -5,6 +5,7 @@ from transformers.activations import ACT2FN
 
 from transmamba.modules.plain import is_plain
 from transmamba.ops import gated_rms_norm
+from transmamba.ops.precision import cast_once
 
 SILU = type(ACT2FN["silu"])
 
@@ -21,6 +22,7 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         if is_plain(self.act_fn, SILU):
             gate = self.gate_proj(x)
             return self.down_proj(gated_rms_norm(self.up_proj(x), gate, validate=False))

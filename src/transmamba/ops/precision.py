@@ -1,4 +1,6 @@
-"""Ops decide their own precision: autocast, which would put sums and states into 16 bits, stops at their door."""
+"""Ops decide their own precision: autocast, which would put sums and states into 16 bits, stops at their door. Modules
+leave it to autocast, but let it cast once what several products read.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -25,3 +27,11 @@ def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
             return op(*args, **kwargs)
 
     return run
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """Return x as autocast would give it to each of several products; their gradients are then summed in that dtype."""
+    device = x.device.type
+    if x.dtype != torch.float32 or device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

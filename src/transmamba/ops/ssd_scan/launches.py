@@ -70,7 +70,7 @@ def _rule(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
     # Fastest of those in benchmarks/results/ssd_scan_launches_h100_2026-11-24.json.
     states = Launch(block=min(p, 128 if n <= 128 else 64), warps=4 if n <= 64 else 8, stages=2)
     forward = Launch(block=min(p, 64), warps=4 if n <= 128 else 8, stages=3 if n <= 64 else 1)
-    gradients = Launch(block=64, warps=4, stages=1)
+    gradients = Launch(block=64, warps=4, stages=1 if n <= 64 else 2)
     return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients)
 
 

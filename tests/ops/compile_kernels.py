@@ -1,0 +1,166 @@
+"""Compile the kernels for Hopper as the ops launch them, on a machine without a GPU; a test runs this as a process.
+
+The interpreter runs what no compiler has read: names that change their type in a loop, sizes that a product does not
+have, more shared memory than there is. Nothing is launched, so what ops return here has no meaning.
+"""
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompilationError
+from triton.compiler import compile as compile_kernel
+from triton.runtime import JITFunction
+
+from transmamba.ops import (
+    attention_step,
+    backends,
+    causal_conv1d,
+    conv_ssd_step,
+    gated_rms_norm,
+    memory_converter,
+    selective_scan,
+    ssd_scan,
+    ssd_step,
+    step_linear,
+)
+from transmamba.ops.logit_distillation import logit_gradient
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+TARGET = GPUTarget("cuda", 90, 32)
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+compiled: set[Any] = set()
+counts: Counter[str] = Counter()
+
+
+class Compiled:
+    """What a launch gets in the place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: None
+
+
+def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Compiled:
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for parameter in kernel.params:
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else type_of(value)
+    key = (kernel.fn.__name__, *signature.items(), *constants.items(), *options.items())
+    if key not in compiled:
+        compiled.add(key)
+        counts[kernel.fn.__name__] += 1
+        compile_kernel(ASTSource(kernel, signature, constants), target=TARGET, options=options)
+    return Compiled()
+
+
+@triton.jit
+def changes_its_type(x, COUNT: tl.constexpr):
+    """A fault that the interpreter does not see: once a card found it in one of ours."""
+    kept = tl.arange(0, 16)
+    for _ in range(COUNT):
+        kept = kept * 0.5
+    tl.store(x + tl.arange(0, 16), kept)
+
+
+def type_of(number: float) -> str:
+    return "fp32" if isinstance(number, float) else "i32"
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.rand(shape, dtype=dtype).requires_grad_()
+
+
+def backward(*outputs: Tensor) -> None:
+    torch.autograd.backward([x.float().sum() for x in outputs])
+
+
+def scans(size: int, head_dim: int, dtype: torch.dtype) -> None:
+    fp32 = torch.float32
+    q, k, v = (
+        draw(2, 90, 4, size, dtype=dtype),
+        draw(2, 90, 2, size, dtype=dtype),
+        draw(2, 90, 2, head_dim, dtype=dtype),
+    )
+    dt, A, D = draw(2, 90, 2, dtype=fp32), draw(2, dtype=fp32), draw(4, dtype=fp32)
+    backward(*ssd_scan(q, k, v, dt, A, D, return_final_state=True, validate=False))
+    backward(memory_converter(k, v, dt, A, validate=False))
+
+
+def mamba_1(tokens: int, states: int) -> None:
+    fp32 = torch.float32
+    u, delta, z = (draw(1, tokens, 64).transpose(1, 2) for _ in range(3))
+    B, C = (draw(1, states, tokens) for _ in range(2))
+    A, D, bias = draw(64, states, dtype=fp32), draw(64, dtype=fp32), draw(64, dtype=fp32)
+    backward(selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, validate=False))
+
+
+def small_ops() -> None:
+    x = draw(2, 70, 64)
+    backward(causal_conv1d(x, draw(64, 4), draw(64), activation="silu", validate=False))
+    backward(causal_conv1d(x[:1], draw(64, 4), cu_seqlens=[0, 30, 70], validate=False))
+    backward(gated_rms_norm(x, draw(2, 70, 64), draw(64), validate=False))
+    backward(gated_rms_norm(x, draw(2, 70, 64), validate=False))
+    logits, labels = draw(8, 1000).detach(), torch.zeros(8, dtype=torch.int64)
+    logit_gradient(logits, labels, draw(8, 1000).detach(), temperature=2.0, kl_weight=1.0, ce_weight=1.0)
+
+
+@torch.no_grad()
+def decoding(rows: int) -> None:
+    width, heads, size = 128, 2, 64
+    at = torch.full((rows,), 3)
+    given = [draw(rows, width) for _ in range(4)]
+    state, ring, dt = draw(rows, heads, size, size, dtype=torch.float32), draw(rows, 4, 3 * width), draw(rows, heads)
+    vectors = {name: draw(heads) for name in ("dt_bias", "A_log", "D")}
+    conv_ssd_step(state, ring, at, *given[:3], dt, given[3], weight=draw(3 * width, 4), bias=draw(3 * width), **vectors)
+    q, k, v = (x.unflatten(1, (heads, size)) for x in given[:3])
+    ssd_step(state, q, k, v, dt.float(), -vectors["A_log"].float(), vectors["D"], in_place=True, validate=False)
+    attention_step(q, draw(rows, 256, heads, size), draw(rows, 256, heads, size), at)
+    gates = [draw(300, width), draw(300, width)]
+    step_linear(given[0], gates, norm_weight=draw(width), eps=1e-6, gated=True)
+    step_linear(given[0], [draw(width, width)], residual=given[1], eps=1e-6)
+
+
+def main() -> None:
+    JITFunction.run = compile_only
+    backends._obstacle = lambda *arguments: ""
+    backends.resolve_backend = lambda *arguments, **options: "triton"
+    for module in list(backends_users()):
+        module.resolve_backend = backends.resolve_backend
+    scans(33, 32, torch.bfloat16)
+    scans(32, 32, torch.float32)
+    mamba_1(400, 16)
+    mamba_1(20, 4)
+    small_ops()
+    for rows in (1, 8):
+        decoding(rows)
+    try:
+        changes_its_type[(1,)](draw(16), COUNT=5)
+    except CompilationError:
+        del counts["changes_its_type"]
+    sys.stdout.write(" ".join(f"{name}={count}" for name, count in sorted(counts.items())) + "\n")
+
+
+def backends_users() -> Any:
+    return (module for module in sys.modules.values() if hasattr(module, "resolve_backend") and module is not backends)
+
+
+if __name__ == "__main__":
+    main()
