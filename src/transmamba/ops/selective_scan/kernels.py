@@ -39,12 +39,18 @@ def store_tile(place, x, mask, NI: tl.constexpr, K: tl.constexpr, NL: tl.constex
 
 
 @triton.jit
-def load_states(place, n, STATES: tl.constexpr, N: tl.constexpr):
-    """B or C of one token; zeros behind the last state."""
-    if STATES == N:
-        states = tl.load(place + n)
+def load_states(place, STATES: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
+    """B or C of one token, (NI, 1, NL, 1) or (NI, 1, NL, D); zeros behind the last state."""
+    if NI * NL < 32:  # few enough that the compiler lets every thread load what it needs
+        n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
+        if STATES == NI * NL:
+            states = tl.load(place + n)
+        else:
+            states = tl.load(place + n, mask=n < STATES, other=0.0)
     else:
+        n, i = tl.arange(0, NI * NL), tl.arange(0, NI * NL * D)
         states = tl.load(place + n, mask=n < STATES, other=0.0)
+        states = tl.reshape(tl.gather(states, i // D, 0), (NI, 1, NL, D))
     return states
 
 
@@ -181,7 +187,6 @@ def scan_kernel(
     n, d = entries_of(NI, K, NL, D)
     plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
     plane = tl.multiple_of(plane, [1, 1])
-    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
     d = tl.arange(0, K * D)
     read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in; what it gives is lost
     rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
@@ -214,9 +219,9 @@ def scan_kernel(
                 at = tl.minimum(i, tail - 1) if TAIL else i  # behind the end the last token stands in: its step is 0
                 u_s += (tl.load(u + at * U_T + read),)
                 step_s += (tl.load(delta + at * DELTA_T + read),)
-                B_s += (load_states(B + at * B_T, n, STATES, NI * NL),)
+                B_s += (load_states(B + at * B_T, STATES, NI, NL, D),)
                 if STORE_Y:
-                    C_s += (load_states(C + at * C_T, n, STATES, NI * NL),)
+                    C_s += (load_states(C + at * C_T, STATES, NI, NL, D),)
                     if GATE:
                         z_s += (tl.load(z + at * Z_T + read),)
             if STORE_CHUNKS:
@@ -294,7 +299,6 @@ def costate_kernel(
     n, d = entries_of(NI, K, NL, D)
     plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
     plane = tl.multiple_of(plane, [1, 1])
-    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
     d = tl.arange(0, K * D)
     read = channel + tl.minimum(d, rest - 1)
     rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
@@ -320,7 +324,7 @@ def costate_kernel(
                 at = i if WHOLE else tl.minimum(i, tail - 1)  # behind the end the last token stands in: its step is 0
                 step_s += (tl.load(delta + at * DELTA_T + read),)
                 dy_s += (tl.load(dy + at * DY_T + read),)
-                C_s += (load_states(C + at * C_T, n, STATES, NI * NL),)
+                C_s += (load_states(C + at * C_T, STATES, NI, NL, D),)
                 if GATE:
                     z_s += (tl.load(z + at * Z_T + read),)
             for i in tl.static_range(T - 1, -1, -1):
@@ -435,7 +439,6 @@ def gradient_kernel(
     n, d = entries_of(NI, K, NL, D)
     plane, stored = n.to(tl.int64) * DIM + channel + d, (n < STATES) & (d < rest)
     plane = tl.multiple_of(plane, [1, 1])
-    n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
     d = tl.arange(0, K * D)
     read = channel + tl.minimum(d, rest - 1)  # behind the group's end its last channel stands in, with dy = 0
     rate = load_tile(A + plane, stored, NI, K, NL, D) * LOG2_E
@@ -498,7 +501,7 @@ def gradient_kernel(
                 at = i if WHOLE else tl.minimum(i, tail - 1)
                 step_s += (step_of(delta_s[i], shift, SOFTPLUS),)
                 if i < T - 1:
-                    writes = load_states(B + at * B_T, n, STATES, NI * NL)
+                    writes = load_states(B + at * B_T, STATES, NI, NL, D)
                     moved = spread(step_s[i] * u_s[i].to(tl.float32), K, NL, D)
                     h_s += (h_s[i] * tl.exp2(rate * spread(step_s[i], K, NL, D)) + writes * moved,)
             for i in tl.static_range(T - 1, -1, -1):
@@ -508,8 +511,8 @@ def gradient_kernel(
                 # Not the same number as above, for the compiler: it would keep the decays of T tokens in registers.
                 x, step = u_s[i].to(tl.float32), tl.where(here, step_s[i], 0.0)
                 of_output = tl.where(here, dy_s[i].to(tl.float32), 0.0)
-                reads = load_states(C + at * C_T, n, STATES, NI * NL)
-                writes = load_states(B + at * B_T, n, STATES, NI * NL)
+                reads = load_states(C + at * C_T, STATES, NI, NL, D)
+                writes = load_states(B + at * B_T, STATES, NI, NL, D)
                 steps, moved = spread(step, K, NL, D), spread(step * x, K, NL, D)
                 decay = tl.exp2(rate * steps)
                 remains = h_s[i] * decay

@@ -58,12 +58,11 @@ def tuning_of(state_size: int) -> Tuning:
     return Tuning(
         tokens=4,
         channels=min(LANES, 16 * LANES // n),
-        states=min(n, 16),
+        states=n if n <= 16 else 4,
         backward_states=min(n, 4),
-        registers=168,  # 12 warps of an H100's multiprocessor
-        # An H100 runs 528 warps at once: with fewer than two for each place, a warp waits for its own last result.
+        registers=168,  # of which a multiprocessor has enough for 12 warps, an H100 for 1584
         whole=1024,
-        programs=2048,
+        programs=1536,
     )
 
 
