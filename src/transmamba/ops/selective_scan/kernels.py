@@ -1,7 +1,7 @@
 """The Triton kernels of selective_scan. A program carries the states of one block of channels over one segment.
 
-Letters: T tokens of a step of the loop. A program, one warp, holds N = NI * NL states of W = K * D channels: a thread NI
-states of K channels, in registers, NL * D = 32 threads the others. State i * NL + l of channel k * D + d is entry
+Letters: T tokens of a step of the loop. A program, one warp, holds N = NI * NL states of W = K * D channels: a thread
+NI states of K channels, in registers, NL * D = 32 threads the others. State i * NL + l of channel k * D + d is entry
 (i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per channel, a
 (W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are few:
 `spread`, `over_states` and `over_channels`.
