@@ -1,10 +1,17 @@
 """The Triton kernels of selective_scan. A program carries the states of one block of channels over one segment.
 
 Letters: T tokens of a step of the loop. A program, one warp, holds N = NI * NL states of W = K * D channels: a thread
+<<<<<<< HEAD
 NI states of K channels, in registers, NL * D = 32 threads the others. State i * NL + l of channel k * D + d is entry
 (i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per channel, a
 (W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are few:
 `spread`, `over_states` and `over_channels`.
+=======
+NI states of K channels, in registers, and NL * D = 32 threads the others. State i * NL + l of channel k * D + d is
+entry (i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per
+channel, a (W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are
+few: `spread`, `over_states` and `over_channels`.
+>>>>>>> h5
 
 Channels are neighbours in memory, and so are states: u, delta, z, y (batch, tokens, channels), B, C (batch, groups,
 tokens, states), states (..., N, channels), A (N, channels). U_T and the like are from one token to the next, and known
@@ -515,7 +522,10 @@ def gradient_kernel(
                 writes = load_states(B + at * B_T, STATES, NI, NL, D)
                 steps, moved = spread(step, K, NL, D), spread(step * x, K, NL, D)
                 decay = tl.exp2(rate * steps)
-                remains = h_s[i] * decay
+                entered = h_s[i]
+                if i == 0:  # read anew rather than kept since the chunk began
+                    entered = tl.reshape(tl.load(chunk_states + tile), (NI, K, NL, D))
+                remains = entered * decay
                 if i == T - 1:
                     h = remains + writes * moved
                 else:

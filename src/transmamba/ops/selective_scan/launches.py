@@ -50,7 +50,7 @@ class Tuning:
 
 
 def tuning_of(state_size: int) -> Tuning:
-    """Return the configuration for this size, a table: chosen from instruction counts, not yet from times.
+    """Return the configuration for this size; a table, not a search, of counted instructions and not yet of times.
 
     A thread of the gradients holds up to 16 entries of a tile, of 4 tokens; more do not fit its registers.
     """
