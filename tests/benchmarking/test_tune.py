@@ -18,10 +18,10 @@ pytestmark = needs_triton
 
 
 def measure(calls: list[dict[str, Any]], kernel: str, name: str, changes: dict[str, Any]) -> Trial:
-    """A machine on which 8 warps help forward, blocks of 32 are wrong, and 512 programs help a little."""
+    """A machine on which 8 warps help forward, three stages are wrong, and 512 programs help a little."""
     calls.append(changes)
     trial = partial(Trial, shape=SHAPE.name, kernel=kernel, configuration=name)
-    if any(getattr(value, "block", 64) == 32 for value in changes.values()):
+    if any(getattr(value, "stages", 1) == 3 for value in changes.values()):
         return trial(error=1.0, failure="y is wrong")
     forward = changes.get("forward")
     gained = 0.4 * (forward is not None and forward.warps == 8) + 0.05 * (changes.get("programs") == 512)
@@ -37,7 +37,7 @@ def test_the_fastest_that_is_right_is_chosen() -> None:
     assert calls[0] == {}
     assert set(changes) == {"forward", "programs"}
     assert changes["forward"].warps == 8
-    assert changes["forward"].block != 32
+    assert changes["forward"].stages != 3
     assert changes["programs"] == 512
     # The first gain is kept for what comes after it, and differences within noise change nothing.
     assert all(call.get("forward") == changes["forward"] for call in calls if "programs" in call)
@@ -55,6 +55,14 @@ def test_a_rule_that_is_wrong_ends_the_search() -> None:
     trials, changes = search(SHAPE, ["states"], lambda *given: wrong)
     assert trials == [wrong]
     assert changes == {}
+
+
+def test_only_gradients_are_tried_in_narrow_tiles() -> None:
+    wide = OpShape.parse("1x128x2x128")
+    blocks = {(kernel, value.block) for kernel, _, value in candidates(wide, ["forward", "states", "gradients"])}
+    assert blocks == {(kernel, block) for kernel in ("forward", "states", "gradients") for block in (64, 128)} | {
+        ("gradients", 32)
+    }
 
 
 def test_every_candidate_is_a_configuration_of_its_kernel() -> None:

@@ -143,11 +143,15 @@ def search(
 
 
 def candidates(shape: OpShape, kernels: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """(kernel, name, value) of what is worth a trial; half the registers let twice as many programs run at once."""
+    """(kernel, name, value) of what is worth a trial; half the registers let twice as many programs run at once.
+
+    Narrow tiles of a wide state have read outside the memory, which ends a process: only gradients have square ones.
+    """
     from transmamba.ops.ssd_scan.launches import Launch
 
-    blocks = [block for block in (128, 64, 32) if block <= max(32, shape.size)]
     for kernel in kernels:
+        narrowest = 32 if kernel == "gradients" else min(64, shape.size)
+        blocks = [block for block in (128, 64, 32) if narrowest <= block <= max(32, shape.size)]
         if kernel == "programs":
             yield from ((kernel, f"{count} programs", count) for count in (128, 512, 1024))
             continue
