@@ -65,6 +65,22 @@ def goes_around_registration(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
 
+def way_to_call(op: Any, function: Any, run: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
+    """The registered op, or what it stands for where nobody would see the difference: `function`, an autograd.Function,
+    where there are gradients to come, and else `run`.
+    """
+    if not goes_around_registration(*tensors):
+        return op
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return function.apply
+    return run
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself where neighbours in the last dimension are neighbours in memory, as in slices along others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def on_its_device(function: Callable[..., R]) -> Callable[..., R]:
     """Run a function of launches with its first tensor's device as the current one."""
 

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from transmamba.ops.launching import readable
 from transmamba.ops.plain_gradients import plain_gradients
 
 from . import kernels
@@ -27,7 +28,7 @@ def attention_step_triton(q: Tensor, keys: Tensor, values: Tensor, lengths: Tens
 
 @torch.library.custom_op("transmamba::attention_step", mutates_args=())
 def attention_step_op(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+    q, keys, values = map(readable, (q, keys, values))
     rows, heads, n = q.shape
     places, key_heads, p = keys.shape[1], keys.shape[2], values.shape[3]
     y = values.new_empty(rows, heads, p)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import goes_around_registration, launch, on_its_device
+from transmamba.ops.launching import launch, on_its_device, readable, way_to_call
 
 from . import kernels
 from .torch import ConvWindow, depthwise_valid
@@ -40,12 +40,7 @@ def causal_conv1d_triton(
     """Return (y, final state); see causal_conv1d. Without final_state, an empty tensor in its place."""
     tensors = (x, weight, bias, initial_state)
     inputs = (*tensors, None if cu_seqlens is None else list(cu_seqlens), activation == "silu")
-    if not goes_around_registration(*tensors):
-        y = causal_conv1d_op(*inputs)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _Convolution.apply(*inputs)
-    else:
-        y = run(*inputs)
+    y = way_to_call(causal_conv1d_op, _Convolution, run, *tensors)(*inputs)
     if not final_state:
         return y, x[:0]
     return y, last_inputs(x, weight.shape[1], initial_state, cu_seqlens)
@@ -69,7 +64,7 @@ def run(
     silu: bool,
 ) -> Tensor:
     """y, like x."""
-    x, y = _readable(x), x.new_empty(x.shape)
+    x, y = readable(x), x.new_empty(x.shape)
     if y.numel():
         tensors, strides, constants = _arguments(x, weight, bias, initial_state, borders, silu, STEPS)
         grid = (-(-x.shape[1] // (BLOCK_S * STEPS)), -(-x.shape[2] // BLOCK_C), x.shape[0])
@@ -88,7 +83,7 @@ def run_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dstate), the last two empty where there is none."""
-    dy, x = _readable(dy), _readable(x)
+    dy, x = readable(dy), readable(x)
     (batch, tokens, channels), kernel = x.shape, weight.shape[1]
     dx = x.new_empty(x.shape)
     if x.numel():
@@ -205,7 +200,7 @@ def _arguments(
     steps: int,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """What both kernels take: tensors, strides, constants."""
-    state = x if initial_state is None else _readable(initial_state)
+    state = x if initial_state is None else readable(initial_state)
     weight = weight.contiguous()
     tables = _document_tables(None if borders is None else tuple(borders), x.device)
     tensors = (x, weight, weight if bias is None else bias.contiguous(), state, *tables)
@@ -222,10 +217,6 @@ def _arguments(
         "num_stages": 2,
     }
     return tensors, (*x.stride()[:2], *state.stride()[:2]), constants
-
-
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @lru_cache(maxsize=32)

@@ -4,6 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+from transmamba.ops.launching import readable
+
 from . import kernels
 
 BLOCK_P = 32  # columns of a state per program: a batch of one with 16 heads of 96 is then 48 programs
@@ -31,8 +33,8 @@ def conv_ssd_step_triton(
     D: Tensor,
 ) -> Tensor:
     """Return y and leave state and ring advanced; see conv_ssd_step."""
-    q, k, v, dt = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dt))
-    z = None if z is None else z if z.stride(-1) == 1 else z.contiguous()
+    q, k, v, dt = map(readable, (q, k, v, dt))
+    z = None if z is None else readable(z)
     rows, state_heads, n, p = state.shape
     heads, key_heads = q.shape[1] // n, k.shape[1] // n
     y = q.new_empty(rows, heads * p)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import goes_around_registration, launch, on_its_device
+from transmamba.ops.launching import launch, on_its_device, readable, way_to_call
 
 from . import kernels
 
@@ -26,19 +26,14 @@ _INPUTS = "Tensor x, Tensor gate, Tensor? weight"
 def gated_rms_norm_triton(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, start: int) -> Tensor:
     """Return y; see gated_rms_norm."""
     inputs = (_as_rows(x), _as_rows(gate), weight, float(eps), start)
-    if not goes_around_registration(x, gate, weight):
-        y = gated_rms_norm_op(*inputs)[0]
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, weight)):
-        y = _GatedNorm.apply(*inputs)
-    else:
-        y = run(*inputs)[0]
+    y, *_ = way_to_call(gated_rms_norm_op, _GatedNorm, run, x, gate, weight)(*inputs)
     return y.view(x.shape)
 
 
 @on_its_device
 def run(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, start: int) -> tuple[Tensor, Tensor]:
     """(y, 1 / sqrt(mean + eps) of each row); x and gate (batch, tokens, size)."""
-    x, gate, has_norm = _readable(x), _readable(gate), weight is not None
+    x, gate, has_norm = readable(x), readable(gate), weight is not None
     y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:2] if has_norm else (0,), dtype=torch.float32)
     if y.numel():
         batch, tokens, size = x.shape
@@ -56,7 +51,7 @@ def run_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, inverse: Tensor, start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dgate, dweight); the last is empty without a weight."""
-    dy, x, gate, has_norm = _readable(dy), _readable(x), _readable(gate), weight is not None
+    dy, x, gate, has_norm = readable(dy), readable(x), readable(gate), weight is not None
     dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     batch, tokens, size = x.shape
     if not x.numel():
@@ -121,10 +116,10 @@ class _GatedNorm(torch.autograd.Function):
     """The same gradients without the registration."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor]:
         output = run(*inputs)
         _keep(ctx, inputs, output)
-        return output[0]
+        return output[:1]
 
     @staticmethod
     @once_differentiable
@@ -135,10 +130,6 @@ class _GatedNorm(torch.autograd.Function):
 def _as_rows(x: Tensor) -> Tensor:
     """(..., tokens, size) as (batch, tokens, size)."""
     return x.flatten(0, -3) if x.dim() > 3 else x[(None,) * (3 - x.dim())]
-
-
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _blocks(size: int, has_norm: bool, per_warp: int) -> tuple[int, int, dict[str, Any]]:

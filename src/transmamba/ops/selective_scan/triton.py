@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import goes_around_registration, on_its_device
+from transmamba.ops.launching import on_its_device, way_to_call
 
 from . import launches
 
@@ -35,13 +35,7 @@ def selective_scan_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, last state); see selective_scan."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if not goes_around_registration(*tensors):
-        run: Any = selective_scan_op
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        run = _Scan.apply
-    else:
-        run = _run
-    y, state, *_ = run(*tensors, delta_softplus)
+    y, state, *_ = way_to_call(selective_scan_op, _Scan, _run, *tensors)(*tensors, delta_softplus)
     return y, state
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from transmamba.ops.launching import readable
 from transmamba.ops.plain_gradients import plain_gradients
 
 from . import kernels
@@ -79,7 +80,7 @@ ssd_step_op.register_autograd(_gradients, setup_context=_keep)
 def _launch(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, D: Tensor | None, new_state: Tensor
 ) -> Tensor:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     rows, state_heads, n, p = state.shape
     y = _output_like(state, q, v)
     if y.numel() == 0:

@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from transmamba.ops.launching import readable
+
 from . import kernels
 
 INTERPRETED = not isinstance(kernels.linear_kernel, triton.JITFunction)  # whose products know no bf16
@@ -62,7 +64,7 @@ def step_linear_triton(
 def step_linear_op(
     x: Tensor, weights: list[Tensor], norm_weight: Tensor | None, eps: float, residual: Tensor | None, gated: bool
 ) -> Tensor:
-    x, *weights = (given if given.stride(-1) == 1 else given.contiguous() for given in (x, *weights))
+    x, *weights = map(readable, (x, *weights))
     weights = [weight.contiguous() for weight in weights]
     y = _output_like(x, weights, gated)
     rows, size = x.shape
@@ -74,7 +76,7 @@ def step_linear_op(
     how = tuning_of(size, rows, sum(separate), wide=wide)
     blocks = sum(-(-count // how.outputs) for count in separate)
     missing = MAX_WEIGHTS - len(weights)
-    residual = None if residual is None else residual if residual.stride(-1) == 1 else residual.contiguous()
+    residual = None if residual is None else readable(residual)
     tensors = (
         x,
         *weights,
