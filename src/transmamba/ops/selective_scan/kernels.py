@@ -1,22 +1,16 @@
 """The Triton kernels of selective_scan. A program carries the states of one block of channels over one segment.
 
 Letters: T tokens of a step of the loop. A program, one warp, holds N = NI * NL states of W = K * D channels: a thread
-<<<<<<< HEAD
-NI states of K channels, in registers, NL * D = 32 threads the others. State i * NL + l of channel k * D + d is entry
-(i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per channel, a
-(W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are few:
-`spread`, `over_states` and `over_channels`.
-=======
-NI states of K channels, in registers, and NL * D = 32 threads the others. State i * NL + l of channel k * D + d is
+NI states of K channels, in registers, and NL * D = 32 threads the others. State l * NI + i of channel k * D + d is
 entry (i, k, l, d) of a tile, (NI, K, NL, D), which the compiler spreads over a warp just so. What a token has per
 channel, a (W,) vector, lies one channel to a thread. The ways from one to the other go through other threads, and are
-few: `spread`, `over_states` and `over_channels`.
->>>>>>> h5
+few: `spread`, `along`, `over_states` and `over_channels`.
 
-Channels are neighbours in memory, and so are states: u, delta, z, y (batch, tokens, channels), B, C (batch, groups,
-tokens, states), states (..., N, channels), A (N, channels). U_T and the like are from one token to the next, and known
-to the compiler, so that the T tokens of a step need one address. Loads of T tokens come before their arithmetic, so
-that one wait is for all. Derivation: docs/ops/selective_scan.md.
+Channels are neighbours in memory, and so are states: u, delta, z, y (batch, tokens, channels), BC (batch, groups,
+tokens, 2, N), which is B beside C, states (..., N, channels), A (N, channels). U_T and the like are from one token to
+the next, and known to the compiler, so that the T tokens of a step need one address. What a step reads is loaded during
+the one before it, as what a loop carries: else the compiler puts every load right before its use, and a warp waits at
+each. Derivation: docs/ops/selective_scan.md.
 """
 
 import triton
@@ -32,7 +26,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def entries_of(NI: tl.constexpr, K: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
     """State and channel of the entries of a tile, as (NI * K, NL * D): registers and threads."""
     register, lane = tl.arange(0, NI * K)[:, None], tl.arange(0, NL * D)[None, :]
-    return register // K * NL + lane // D, register % K * D + lane % D
+    return lane // D * NI + register // K, register % K * D + lane % D
 
 
 @triton.jit
@@ -46,19 +40,39 @@ def store_tile(place, x, mask, NI: tl.constexpr, K: tl.constexpr, NL: tl.constex
 
 
 @triton.jit
-def load_states(place, STATES: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr, D: tl.constexpr):
-    """B or C of one token, (NI, 1, NL, 1) or (NI, 1, NL, D); zeros behind the last state."""
-    if NI * NL < 32:  # few enough that the compiler lets every thread load what it needs
-        n = tl.arange(0, NI)[:, None, None, None] * NL + tl.arange(0, NL)[None, None, :, None]
-        if STATES == NI * NL:
-            states = tl.load(place + n)
-        else:
-            states = tl.load(place + n, mask=n < STATES, other=0.0)
-    else:
-        n, i = tl.arange(0, NI * NL), tl.arange(0, NI * NL * D)
-        states = tl.load(place + n, mask=n < STATES, other=0.0)
-        states = tl.reshape(tl.gather(states, i // D, 0), (NI, 1, NL, D))
-    return states
+def load_tokens(place, STRIDE: tl.constexpr, last, T: tl.constexpr):
+    """What T tokens have per channel, one after the other; behind the last one it stands in."""
+    x = ()
+    for i in tl.static_range(T):
+        x += (tl.load(place + tl.minimum(i, last) * STRIDE),)
+    return x
+
+
+@triton.jit
+def load_states(place, last, T: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr):
+    """B and C of T tokens, (T * 2 * N,), as they lie; ALL: none is behind the last one, which else stands in."""
+    i = tl.arange(0, T * 2 * N)
+    if not ALL:
+        i = tl.minimum(i // (2 * N), last) * (2 * N) + i % (2 * N)
+    return tl.load(place + i)
+
+
+@triton.jit
+def along(x, T: tl.constexpr, NI: tl.constexpr, NL: tl.constexpr):
+    """B and C of T tokens, (T * 2 * N,), as two tuples of (NI, 1, NL, 1): to the threads that hold the states."""
+    tl.static_assert(T == 4)
+    B, C = tl.split(tl.permute(tl.reshape(x, (2, 2, 2, NL, NI)), (4, 3, 1, 0, 2)))  # tokens as (odd, second half)
+    B_first, B_second = tl.split(B)
+    C_first, C_second = tl.split(C)
+    B0, B1 = tl.split(B_first)
+    B2, B3 = tl.split(B_second)
+    C0, C1 = tl.split(C_first)
+    C2, C3 = tl.split(C_second)
+    B_s, C_s = (), ()
+    for one in tl.static_range(T):
+        B_s += (tl.reshape((B0, B1, B2, B3)[one], (NI, 1, NL, 1)),)
+        C_s += (tl.reshape((C0, C1, C2, C3)[one], (NI, 1, NL, 1)),)
+    return B_s, C_s
 
 
 @triton.jit
@@ -135,8 +149,7 @@ def scan_kernel(
     u,
     delta,
     A,
-    B,
-    C,
+    BC,
     skip,
     z,
     bias,
@@ -148,21 +161,14 @@ def scan_kernel(
     segments,
     u_b,
     delta_b,
-    B_b,
-    B_g,
-    C_b,
-    C_g,
     z_b,
     y_b,
+    tokens,
     channels,
     blocks,
     groups,
-    B_group,
-    C_group,
     U_T: tl.constexpr,
     DELTA_T: tl.constexpr,
-    B_T: tl.constexpr,
-    C_T: tl.constexpr,
     Z_T: tl.constexpr,
     Y_T: tl.constexpr,
     DIM: tl.constexpr,
@@ -211,31 +217,39 @@ def scan_kernel(
     delta += batch * delta_b + start * DELTA_T
     z += batch * z_b + start * Z_T
     y += batch * y_b + start * Y_T + channel
-    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + start * B_T
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + start * C_T
+    BC += ((batch * groups + group) * tokens + start) * (2 * NI * NL)
     places = blocks * groups
     tile = tl.arange(0, NI * K)[:, None] * (NL * D) + tl.arange(0, NL * D)[None, :]
     tile = tl.multiple_of(tile, [1, 1])
     chunk_states += (first_chunk * places + tl.program_id(0) % places) * (NI * K * NL * D)
     steps = tl.zeros((K * D,), tl.float32)
-    tail = count % T
+    whole, tail = count // T, count % T
+    u_s, step_s = load_tokens(u + read, U_T, count - 1, T), load_tokens(delta + read, DELTA_T, count - 1, T)
+    BC_s, z_s = load_states(BC, count - 1, T, NI * NL, False), ()
+    if STORE_Y and GATE:
+        z_s = load_tokens(z + read, Z_T, count - 1, T)
     for TAIL in tl.static_range(2):  # first all whole T, of which nothing is to be masked
-        for _ in range(0, tl.minimum(tail, 1) if TAIL else count // T):
-            u_s, step_s, B_s, C_s, z_s = (), (), (), (), ()
-            for i in tl.static_range(T):
-                at = tl.minimum(i, tail - 1) if TAIL else i  # behind the end the last token stands in: its step is 0
-                u_s += (tl.load(u + at * U_T + read),)
-                step_s += (tl.load(delta + at * DELTA_T + read),)
-                B_s += (load_states(B + at * B_T, STATES, NI, NL, D),)
-                if STORE_Y:
-                    C_s += (load_states(C + at * C_T, STATES, NI, NL, D),)
-                    if GATE:
-                        z_s += (tl.load(z + at * Z_T + read),)
+        for done in range(0, tl.minimum(tail, 1) if TAIL else whole):
+            if TAIL:  # behind the end the last token stands in: its step is 0
+                u_now = load_tokens(u + read, U_T, tail - 1, T)
+                step_now = load_tokens(delta + read, DELTA_T, tail - 1, T)
+                BC_now = load_states(BC, tail - 1, T, NI * NL, False)
+                if STORE_Y and GATE:
+                    z_now = load_tokens(z + read, Z_T, tail - 1, T)
+            else:
+                u_now, step_now, z_now, BC_now = u_s, step_s, z_s, BC_s
+                ahead = tl.where(done + 1 < whole, T, 0)  # the last step loads itself again
+                u_s = load_tokens(u + ahead * U_T + read, U_T, T - 1, T)
+                step_s = load_tokens(delta + ahead * DELTA_T + read, DELTA_T, T - 1, T)
+                BC_s = load_states(BC + ahead * (2 * NI * NL), T - 1, T, NI * NL, True)
+                if STORE_Y and GATE:
+                    z_s = load_tokens(z + ahead * Z_T + read, Z_T, T - 1, T)
+            B_s, C_s = along(BC_now, T, NI, NL)
             if STORE_CHUNKS:
                 tl.store(chunk_states + tile, tl.reshape(h, (NI * K, NL * D)))
             for i in tl.static_range(T):
-                x = u_s[i].to(tl.float32)
-                step = step_of(step_s[i], shift, SOFTPLUS)
+                x = u_now[i].to(tl.float32)
+                step = step_of(step_now[i], shift, SOFTPLUS)
                 if TAIL:
                     step = tl.where(i < tail, step, 0.0)
                 h = h * tl.exp2(rate * spread(step, K, NL, D)) + B_s[i] * spread(step * x, K, NL, D)
@@ -247,14 +261,13 @@ def scan_kernel(
                     if SKIP:
                         out += weight * x
                     if GATE:
-                        gate = z_s[i].to(tl.float32)
+                        gate = z_now[i].to(tl.float32)
                         out *= gate * sigmoid(gate)
                     here = d < (tl.where(i < tail, rest, 0) if TAIL else rest)
                     tl.store(y + i * Y_T + d, out.to(y.dtype.element_ty), mask=here)
             u += T * U_T
             delta += T * DELTA_T
-            B += T * B_T
-            C += T * C_T
+            BC += T * (2 * NI * NL)
             z += T * Z_T
             y += T * Y_T
             chunk_states += places * (NI * K * NL * D)
@@ -270,23 +283,20 @@ def scan_kernel(
 def costate_kernel(
     delta,
     A,
-    C,
+    BC,
     z,
     bias,
     dy,
     left,
     segments,
     delta_b,
-    C_b,
-    C_g,
     z_b,
     dy_b,
+    tokens,
     channels,
     blocks,
     groups,
-    C_group,
     DELTA_T: tl.constexpr,
-    C_T: tl.constexpr,
     Z_T: tl.constexpr,
     DY_T: tl.constexpr,
     DIM: tl.constexpr,
@@ -317,29 +327,44 @@ def costate_kernel(
     delta += batch * delta_b + end * DELTA_T
     z += batch * z_b + end * Z_T
     dy += batch * dy_b + end * DY_T
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + end * C_T
+    BC += ((batch * groups + group) * tokens + end) * (2 * NI * NL)
     g = tl.zeros((NI, K, NL, D), tl.float32)
     for WHOLE in tl.static_range(2):
-        for _ in range(0, count // T if WHOLE else tl.minimum(tail, 1)):
+        whole = count // T if WHOLE else tl.minimum(tail, 1)
+        if WHOLE:
+            back = tl.minimum(whole, 1) * T
+            delta -= back * DELTA_T
+            z -= back * Z_T
+            dy -= back * DY_T
+            BC -= back * (2 * NI * NL)
+            step_s, dy_s = load_tokens(delta + read, DELTA_T, count - 1, T), load_tokens(dy + read, DY_T, count - 1, T)
+            BC_s, z_s = load_states(BC, count - 1, T, NI * NL, False), ()
+            if GATE:
+                z_s = load_tokens(z + read, Z_T, count - 1, T)
+        for done in range(0, whole):
             if WHOLE:
-                delta -= T * DELTA_T
-                z -= T * Z_T
-                dy -= T * DY_T
-                C -= T * C_T
-            step_s, dy_s, C_s, z_s = (), (), (), ()
-            for i in tl.static_range(T):
-                at = i if WHOLE else tl.minimum(i, tail - 1)  # behind the end the last token stands in: its step is 0
-                step_s += (tl.load(delta + at * DELTA_T + read),)
-                dy_s += (tl.load(dy + at * DY_T + read),)
-                C_s += (load_states(C + at * C_T, STATES, NI, NL, D),)
+                step_now, dy_now, z_now, BC_now = step_s, dy_s, z_s, BC_s
+                ahead = tl.where(done + 1 < whole, T, 0)
+                delta -= ahead * DELTA_T
+                z -= ahead * Z_T
+                dy -= ahead * DY_T
+                BC -= ahead * (2 * NI * NL)
+                step_s, dy_s = load_tokens(delta + read, DELTA_T, T - 1, T), load_tokens(dy + read, DY_T, T - 1, T)
+                BC_s = load_states(BC, T - 1, T, NI * NL, True)
                 if GATE:
-                    z_s += (tl.load(z + at * Z_T + read),)
+                    z_s = load_tokens(z + read, Z_T, T - 1, T)
+            else:  # behind the end the last token stands in: its step is 0
+                step_now = load_tokens(delta + read, DELTA_T, tail - 1, T)
+                dy_now, BC_now = load_tokens(dy + read, DY_T, tail - 1, T), load_states(BC, tail - 1, T, NI * NL, False)
+                if GATE:
+                    z_now = load_tokens(z + read, Z_T, tail - 1, T)
+            C_s = along(BC_now, T, NI, NL)[1]
             for i in tl.static_range(T - 1, -1, -1):
-                step, of_output = step_of(step_s[i], shift, SOFTPLUS), dy_s[i].to(tl.float32)
+                step, of_output = step_of(step_now[i], shift, SOFTPLUS), dy_now[i].to(tl.float32)
                 if not WHOLE:
                     step, of_output = tl.where(i < tail, step, 0.0), tl.where(i < tail, of_output, 0.0)
                 if GATE:
-                    gate = z_s[i].to(tl.float32)
+                    gate = z_now[i].to(tl.float32)
                     of_output *= gate * sigmoid(gate)
                 g = (g + C_s[i] * spread(of_output, K, NL, D)) * tl.exp2(rate * spread(step, K, NL, D))
     store_tile(left + segment.to(tl.int64) * (STATES * DIM) + plane, g, stored, NI, K, NL, D)
@@ -381,8 +406,7 @@ def gradient_kernel(
     u,
     delta,
     A,
-    B,
-    C,
+    BC,
     skip,
     z,
     bias,
@@ -400,10 +424,6 @@ def gradient_kernel(
     segments,
     u_b,
     delta_b,
-    B_b,
-    B_g,
-    C_b,
-    C_g,
     z_b,
     dy_b,
     tokens,
@@ -411,12 +431,8 @@ def gradient_kernel(
     channels,
     blocks,
     groups,
-    B_group,
-    C_group,
     U_T: tl.constexpr,
     DELTA_T: tl.constexpr,
-    B_T: tl.constexpr,
-    C_T: tl.constexpr,
     Z_T: tl.constexpr,
     DY_T: tl.constexpr,
     DIM: tl.constexpr,
@@ -465,14 +481,14 @@ def gradient_kernel(
     delta += batch * delta_b + end * DELTA_T
     z += batch * z_b + end * Z_T
     dy += batch * dy_b + end * DY_T
-    B += batch * B_b + (group // B_group).to(tl.int64) * B_g + end * B_T
-    C += batch * C_b + (group // C_group).to(tl.int64) * C_g + end * C_T
+    BC += ((batch * groups + group) * tokens + end) * (2 * NI * NL)
     written = (batch * tokens + end) * DIM + channel
     du += written
     ddelta += written
     dz += written
     dBC += (((batch * groups + group) * blocks + block) * tokens + end) * STATES
-    line = tl.arange(0, NI * NL)[:, None]
+    line = tl.arange(0, NI * NL)[:, None]  # entries (i, l) of what over_channels gives
+    line = line % NL * NI + line // NL
     of_B_and_C = line + tl.arange(0, 2)[None, :] * tl.cast(dC_from_dB, tl.int64)
     places = blocks * groups
     tile = tl.arange(0, NI * K)[:, None] * (NL * D) + tl.arange(0, NL * D)[None, :]
@@ -482,44 +498,59 @@ def gradient_kernel(
     skip_sum = tl.zeros((K * D,), tl.float32)
     bias_sum = tl.zeros((K * D,), tl.float32)
     for WHOLE in tl.static_range(2):  # last all whole T, of which no token is to be masked
-        for _ in range(0, count // T if WHOLE else tl.minimum(tail, 1)):
+        whole = count // T if WHOLE else tl.minimum(tail, 1)
+        if WHOLE:
+            back = tl.minimum(whole, 1) * T
+            u -= back * U_T
+            delta -= back * DELTA_T
+            z -= back * Z_T
+            dy -= back * DY_T
+            BC -= back * (2 * NI * NL)
+            u_s, delta_s = load_tokens(u + read, U_T, count - 1, T), load_tokens(delta + read, DELTA_T, count - 1, T)
+            dy_s, BC_s = load_tokens(dy + read, DY_T, count - 1, T), load_states(BC, count - 1, T, NI * NL, False)
+            z_s = ()
+            if GATE:
+                z_s = load_tokens(z + read, Z_T, count - 1, T)
+        for done in range(0, whole):
             if WHOLE:
-                u -= T * U_T
-                delta -= T * DELTA_T
-                z -= T * Z_T
-                dy -= T * DY_T
-                B -= T * B_T
-                C -= T * C_T
+                u_now, delta_now, z_now, dy_now, BC_now = u_s, delta_s, z_s, dy_s, BC_s
                 du -= T * DIM
                 ddelta -= T * DIM
                 dz -= T * DIM
                 dBC -= T * STATES
                 chunk_states -= places * (NI * K * NL * D)
-            u_s, delta_s, step_s, z_s, dy_s = (), (), (), (), ()
-            for i in tl.static_range(T):
-                at = i if WHOLE else tl.minimum(i, tail - 1)  # behind the end the last token stands in: its step is 0
-                u_s += (tl.load(u + at * U_T + read),)
-                delta_s += (tl.load(delta + at * DELTA_T + read),)
-                dy_s += (tl.load(dy + at * DY_T + read),)
+                ahead = tl.where(done + 1 < whole, T, 0)  # the last step loads itself again
+                u -= ahead * U_T
+                delta -= ahead * DELTA_T
+                z -= ahead * Z_T
+                dy -= ahead * DY_T
+                BC -= ahead * (2 * NI * NL)
+                u_s, delta_s = load_tokens(u + read, U_T, T - 1, T), load_tokens(delta + read, DELTA_T, T - 1, T)
+                dy_s, BC_s = load_tokens(dy + read, DY_T, T - 1, T), load_states(BC, T - 1, T, NI * NL, True)
                 if GATE:
-                    z_s += (tl.load(z + at * Z_T + read),)
+                    z_s = load_tokens(z + read, Z_T, T - 1, T)
+            else:  # behind the end the last token stands in: its step is 0
+                u_now = load_tokens(u + read, U_T, tail - 1, T)
+                delta_now = load_tokens(delta + read, DELTA_T, tail - 1, T)
+                dy_now = load_tokens(dy + read, DY_T, tail - 1, T)
+                BC_now = load_states(BC, tail - 1, T, NI * NL, False)
+                if GATE:
+                    z_now = load_tokens(z + read, Z_T, tail - 1, T)
+            B_s, C_s = along(BC_now, T, NI, NL)
+            step_s = ()
             h_s = (tl.reshape(tl.load(chunk_states + tile), (NI, K, NL, D)),)
             for i in tl.static_range(T):
-                at = i if WHOLE else tl.minimum(i, tail - 1)
-                step_s += (step_of(delta_s[i], shift, SOFTPLUS),)
+                step_s += (step_of(delta_now[i], shift, SOFTPLUS),)
                 if i < T - 1:
-                    writes = load_states(B + at * B_T, STATES, NI, NL, D)
-                    moved = spread(step_s[i] * u_s[i].to(tl.float32), K, NL, D)
-                    h_s += (h_s[i] * tl.exp2(rate * spread(step_s[i], K, NL, D)) + writes * moved,)
+                    moved = spread(step_s[i] * u_now[i].to(tl.float32), K, NL, D)
+                    h_s += (h_s[i] * tl.exp2(rate * spread(step_s[i], K, NL, D)) + B_s[i] * moved,)
             for i in tl.static_range(T - 1, -1, -1):
-                at = i if WHOLE else tl.minimum(i, tail - 1)
                 here = d < (rest if WHOLE else tl.where(i < tail, rest, 0))
                 there = line < (STATES if WHOLE else tl.where(i < tail, STATES, 0))
                 # Not the same number as above, for the compiler: it would keep the decays of T tokens in registers.
-                x, step = u_s[i].to(tl.float32), tl.where(here, step_s[i], 0.0)
-                of_output = tl.where(here, dy_s[i].to(tl.float32), 0.0)
-                reads = load_states(C + at * C_T, STATES, NI, NL, D)
-                writes = load_states(B + at * B_T, STATES, NI, NL, D)
+                x, step = u_now[i].to(tl.float32), tl.where(here, step_s[i], 0.0)
+                of_output = tl.where(here, dy_now[i].to(tl.float32), 0.0)
+                writes, reads = B_s[i], C_s[i]
                 steps, moved = spread(step, K, NL, D), spread(step * x, K, NL, D)
                 decay = tl.exp2(rate * steps)
                 entered = h_s[i]
@@ -531,7 +562,7 @@ def gradient_kernel(
                 else:
                     h = h_s[i + 1]
                 if GATE:
-                    gate = z_s[i].to(tl.float32)
+                    gate = z_now[i].to(tl.float32)
                     open_ = sigmoid(gate)
                     out = tl.reshape(tl.sum(h * reads, axis=0), (K, NL, D, 1))
                     out = tl.reshape(over_states(out, 1, K, NL, D), (K * D,))
@@ -557,7 +588,7 @@ def gradient_kernel(
                 tl.store(du + i * DIM + d, of_u.to(du.dtype.element_ty), mask=here)
                 of_step = of_step * LN_2 + of_written * x
                 if SOFTPLUS:
-                    of_step *= sigmoid(delta_s[i].to(tl.float32) + shift)
+                    of_step *= sigmoid(delta_now[i].to(tl.float32) + shift)
                 tl.store(ddelta + i * DIM + d, of_step.to(ddelta.dtype.element_ty), mask=here)
                 bias_sum += tl.where(here, of_step, 0.0)
     store_tile(dA + segment.to(tl.int64) * (STATES * DIM) + plane, rate_sum, stored, NI, K, NL, D)

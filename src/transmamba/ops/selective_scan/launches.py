@@ -29,8 +29,8 @@ RECUR_BLOCK = 256  # entries of a state per program of the recurrence between se
 class Tuning:
     """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
 
-    tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread that writes
-    outputs; backward_states: of a thread of all other kernels. registers: of a thread of the gradients, at most. With
+    tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread of forward;
+    backward_states: of backward. registers, scan_registers: of a thread of the gradients and of the scan, at most. With
     `whole` programs rows stay whole; where they are cut, `programs` result.
     """
 
@@ -39,6 +39,7 @@ class Tuning:
     states: int
     backward_states: int
     registers: int
+    scan_registers: int
     whole: int
     programs: int
 
@@ -61,6 +62,7 @@ def tuning_of(state_size: int) -> Tuning:
         states=n if n <= 16 else 4,
         backward_states=min(n, 4),
         registers=168,  # of which a multiprocessor has enough for 12 warps, an H100 for 1584
+        scan_registers=168,
         whole=1024,
         programs=1536,
     )
@@ -127,8 +129,7 @@ class Call:
     u: Tensor
     delta: Tensor
     A: Tensor
-    B: Tensor
-    C: Tensor
+    BC: Tensor
     D: Tensor | None
     z: Tensor | None
     bias: Tensor | None
@@ -145,15 +146,15 @@ class Call:
         bias: Tensor | None,
         softplus: bool,
     ) -> "Call":
-        """Copies of those tensors of which neighbouring channels (of B and C: states) are not neighbours in memory."""
+        """Copies of those tensors of which neighbouring channels are not neighbours in memory, and B beside C."""
+        job = Job.of(u, A, B, C)
         return Call(
-            job=Job.of(u, A, B, C),
+            job=job,
             softplus=softplus,
             u=dense(u),
             delta=dense(delta),
             A=A.to(torch.float32).T.contiguous(),
-            B=read_by_state(B),
-            C=read_by_state(C),
+            BC=side_by_side(B, C, job.groups),
             D=None if D is None else D.contiguous(),
             z=None if z is None else dense(z),
             bias=None if bias is None else bias.contiguous(),
@@ -169,8 +170,6 @@ class Call:
         return {
             "U_T": self.u.stride(2),
             "DELTA_T": self.delta.stride(2),
-            "B_T": self.B.stride(3),
-            "C_T": self.C.stride(3),
             "Z_T": self.present(self.z).stride(2),
             "DIM": self.job.dim,
             "STATES": self.job.states,
@@ -258,7 +257,7 @@ def _scan(
         kernels.scan_kernel,
         (job.programs, 1, 1),
         (
-            *(call.u, call.delta, call.A, call.B, call.C),
+            *(call.u, call.delta, call.A, call.BC),
             *map(call.present, (call.D, call.z, call.bias)),
             call.A if entering is None else entering,
             call.present(y),
@@ -268,9 +267,8 @@ def _scan(
             job.segments.on(call.u.device)[0],
         ),
         (
-            *(call.u.stride(0), call.delta.stride(0), *call.B.stride()[:2], *call.C.stride()[:2]),
-            *(call.present(call.z).stride(0), 0 if y is None else y.stride(0)),
-            *(job.channels, job.blocks, job.groups, job.groups // job.B_groups, job.groups // job.C_groups),
+            *(call.u.stride(0), call.delta.stride(0), call.present(call.z).stride(0), 0 if y is None else y.stride(0)),
+            *(job.tokens, job.channels, job.blocks, job.groups),
         ),
         {
             **call.strides,
@@ -283,7 +281,8 @@ def _scan(
             "STORE_CHUNKS": chunk_states is not None,
             "STORE_LEFT": by_segment,
             "STORE_END": last is not None,
-            **(job.backward if y is None else job.forward),
+            **(job.forward if chunk_states is None else job.backward),
+            "maxnreg": job.tuning.scan_registers,
         },
     )
 
@@ -296,16 +295,16 @@ def _costates(call: Call, dy: Tensor) -> Tensor:
         kernels.costate_kernel,
         (job.programs, 1, 1),
         (
-            *(call.delta, call.A, call.C),
+            *(call.delta, call.A, call.BC),
             *map(call.present, (call.z, call.bias)),
             *(dy, left, job.segments.on(dy.device)[0]),
         ),
         (
-            *(call.delta.stride(0), *call.C.stride()[:2], call.present(call.z).stride(0), dy.stride(0)),
-            *(job.channels, job.blocks, job.groups, job.groups // job.C_groups),
+            *(call.delta.stride(0), call.present(call.z).stride(0), dy.stride(0)),
+            *(job.tokens, job.channels, job.blocks, job.groups),
         ),
         {
-            **{name: call.strides[name] for name in ("DELTA_T", "C_T", "Z_T", "DIM", "STATES")},
+            **{name: call.strides[name] for name in ("DELTA_T", "Z_T", "DIM", "STATES")},
             "DY_T": dy.stride(2),
             **call.flags,
             **job.backward,
@@ -344,17 +343,15 @@ def _gradients(
         kernels.gradient_kernel,
         (job.programs, 1, 1),
         (
-            *(call.u, call.delta, call.A, call.B, call.C),
+            *(call.u, call.delta, call.A, call.BC),
             *map(call.present, (call.D, call.z, call.bias)),
             *(dy, chunk_states, chunk_states if leaving is None else leaving),
             *(du, ddelta, dz, dA, parts, dD, dbias, dA if dfirst is None else dfirst),
             job.segments.on(device)[0],
         ),
         (
-            *(call.u.stride(0), call.delta.stride(0), *call.B.stride()[:2], *call.C.stride()[:2]),
-            *(call.present(call.z).stride(0), dy.stride(0)),
+            *(call.u.stride(0), call.delta.stride(0), call.present(call.z).stride(0), dy.stride(0)),
             *(job.tokens, parts.stride(0), job.channels, blocks, job.groups),
-            *(job.groups // job.B_groups, job.groups // job.C_groups),
         ),
         {
             **call.strides,
@@ -420,9 +417,19 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-2) == 1 or x.shape[-2] == 1 else x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-def read_by_state(x: Tensor) -> Tensor:
-    """B or C as (batch, groups, states, tokens), dense and fp32: small, and read by every block of channels anew."""
-    return dense(x.unsqueeze(1) if x.dim() == 3 else x).to(torch.float32)
+def side_by_side(B: Tensor, C: Tensor, groups: int) -> Tensor:
+    """B and C as (batch, groups, tokens, 2, states up to a power of two), fp32: small, and read by all of a group."""
+    B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
+    states = B.shape[2]
+    whole = triton.next_power_of_2(states)
+    shape = (B.shape[0], groups, B.shape[3], 2, whole)
+    both = torch.empty(shape, dtype=torch.float32, device=B.device)
+    for place, x in enumerate((B, C)):
+        own = both[..., place, :states].unflatten(1, (x.shape[1], -1))
+        own.copy_(x.transpose(2, 3).unsqueeze(2).expand_as(own))
+    if whole > states:
+        both[..., states:] = 0.0
+    return both
 
 
 def inside_out(state: Tensor) -> Tensor:
