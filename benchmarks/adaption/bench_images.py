@@ -212,7 +212,7 @@ def make_teacher(data: ImageData, options: argparse.Namespace) -> dict[str, Any]
         ),
         batch_size=options.teacher_batch,
         log_every=50,
-        output=str(Path(options.folder) / "teacher-run"),
+        output=str(Path(options.folder) / f"teacher-run-{options.size}"),
     )
     run = with_fields(
         run, {"images.image_size": str(options.size)} | dict(p.split("=", 1) for p in options.set_teacher)
