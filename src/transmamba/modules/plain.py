@@ -3,10 +3,14 @@
 from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from transmamba.ops import gated_rms_norm
 
 M = TypeVar("M", bound=nn.Module)
+
+# False: dt_proj adds its bias itself, and its gradient is a pass over that of the steps. Not timed yet.
+BIAS_IN_SCAN = True
 
 
 def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
@@ -28,3 +32,10 @@ def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
         return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
     y = gated_rms_norm(y, gate, validate=False)
     return y if norm is None else norm(y)
+
+
+def steps_and_bias(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dt_proj(dt), and None; or the product alone and the bias, which a scan adds in fp32 and sums the gradient of."""
+    if BIAS_IN_SCAN and is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
+        return linear(dt, dt_proj.weight), dt_proj.bias
+    return dt_proj(dt), None
