@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from transmamba.modules.conv import CausalConv1d
-from transmamba.modules.plain import is_plain, steps_and_bias
+from transmamba.modules.plain import halves, is_plain, steps_and_bias
 from transmamba.modules.scan_orders import REVERSED, DirectionOutput
 from transmamba.ops import causal_conv1d, selective_scan
 
@@ -53,7 +53,7 @@ class BidirectionalMambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        x, z = halves(self.in_proj, hidden)
         forward = self._scan(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         x, z = x.flip(1), z.flip(1)
         backward = self._scan(x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)

@@ -6,9 +6,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from transmamba.ops import gated_rms_norm
+from transmamba.ops.precision import cast_once
 
 M = TypeVar("M", bound=nn.Module)
 
+# False: one product, whose halves a convolution copies, and whose gradients are copied together. Not timed yet.
+TWO_PRODUCTS = True
 # False: dt_proj adds its bias itself, and its gradient is a pass over that of the steps. Not timed yet.
 BIAS_IN_SCAN = True
 
@@ -32,6 +35,17 @@ def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
         return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
     y = gated_rms_norm(y, gate, validate=False)
     return y if norm is None else norm(y)
+
+
+def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """projection(hidden) cut in two along the last dimension; each half is dense where the projection is plain."""
+    if not (TWO_PRODUCTS and is_plain(projection, nn.Linear)):
+        first, second = projection(hidden).chunk(2, dim=-1)
+        return first, second
+    hidden = cast_once(hidden)
+    weights = cast_once(projection.weight).chunk(2)
+    biases = (None, None) if projection.bias is None else cast_once(projection.bias).chunk(2)
+    return linear(hidden, weights[0], biases[0]), linear(hidden, weights[1], biases[1])
 
 
 def steps_and_bias(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:

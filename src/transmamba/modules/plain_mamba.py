@@ -8,15 +8,11 @@ that nothing is transposed and patches are gathered as whole rows of channels.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
-from transmamba.modules.plain import is_plain, steps_and_bias
+from transmamba.modules.plain import halves, steps_and_bias
 from transmamba.modules.scan_orders import NUM_MOVES, DirectionOutput, scan_orders
 from transmamba.ops import begin_scans, merge_scans, selective_scan
-from transmamba.ops.precision import cast_once
-
-# False: as one product, whose halves the convolution copies, and which copies their gradients together. Not timed yet.
-TWO_PRODUCTS = True
 
 
 class PlainMambaMixer(nn.Module):
@@ -53,7 +49,7 @@ class PlainMambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[DirectionOutput, ...]]:
-        x, z = self._halves(hidden)
+        x, z = halves(self.in_proj, hidden)
         image = x.unflatten(1, grid).permute(0, 3, 1, 2)
         x = silu(self.conv2d(image)).permute(0, 2, 3, 1).flatten(1, 2)
         dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
@@ -82,12 +78,3 @@ class PlainMambaMixer(nn.Module):
             for order, one in zip(orders.orders, y.unbind(), strict=True)
         )
         return self.out_proj(merged), directions
-
-    def _halves(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """(what is convolved and scanned, the gate), each (batch, patches, channels)."""
-        projection = self.in_proj
-        if not (TWO_PRODUCTS and is_plain(projection, nn.Linear)):  # adapters, hooks
-            return self.in_proj(hidden).chunk(2, dim=-1)
-        hidden, weights = cast_once(hidden), cast_once(projection.weight).chunk(2)
-        biases = (None, None) if projection.bias is None else cast_once(projection.bias).chunk(2)
-        return tuple(linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True))
