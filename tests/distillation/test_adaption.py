@@ -395,7 +395,7 @@ def test_a_layer_of_plain_mamba_costs_few_ops(monkeypatch: pytest.MonkeyPatch) -
     sums where a tensor is read twice, 4, and the residual with its gradient, 2; zeros, 1. A block of the teacher:
     2 norms, 6 products, attention, GELU and 2 residuals, 12.
     """
-    for op in ("selective_scan", "merge_scans", "token_cosines"):
+    for op in ("selective_scan", "merge_scans", "residual_norm", "token_cosines"):
         monkeypatch.setattr(import_module(f"transmamba.ops.{op}"), "resolve_backend", lambda *_, **__: "triton")
     found = []
     for layers in (2, 3):

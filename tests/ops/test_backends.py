@@ -19,6 +19,7 @@ OPS = (
     "logit_distillation",
     "memory_converter",
     "merge_scans",
+    "residual_norm",
     "selective_scan",
     "softmax_attention",
     "ssd_scan",
@@ -36,7 +37,15 @@ KERNELS = (
     "ssd_step",
 )
 # Kernels that no card has passed yet.
-UNPROVEN = ("causal_conv1d", "gated_rms_norm", "merge_scans", "selective_scan", "step_linear", "token_cosines")
+UNPROVEN = (
+    "causal_conv1d",
+    "gated_rms_norm",
+    "merge_scans",
+    "residual_norm",
+    "selective_scan",
+    "step_linear",
+    "token_cosines",
+)
 
 
 class OnCuda:

@@ -5,8 +5,8 @@ from typing import TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from transmamba.ops import gated_rms_norm
-from transmamba.ops.precision import cast_once
+from transmamba.ops import gated_rms_norm, residual_norm
+from transmamba.ops.precision import autocast_dtype, cast_once
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,6 +35,19 @@ def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
         return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
     y = gated_rms_norm(y, gate, validate=False)
     return y if norm is None else norm(y)
+
+
+def normed_and_residual(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(hidden), hidden), the first as products would cast it; in one op where the norm is plain."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    if hidden.dtype == weight.dtype and weight.dim() == 1:
+        dtype = autocast_dtype(hidden) or hidden.dtype
+        if is_plain(norm, nn.LayerNorm):
+            return residual_norm(hidden, weight, norm.bias, eps=norm.eps, dtype=dtype, validate=False)
+        if is_plain(norm, nn.RMSNorm) and norm.eps is not None:
+            return residual_norm(hidden, weight, eps=norm.eps, centred=False, dtype=dtype, validate=False)
+    return norm(hidden.to(weight.dtype)), hidden
 
 
 def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
