@@ -1,6 +1,7 @@
 """What several tests share: the device, the measure of error, the data folder, scratch memory full of NaN."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,3 +51,35 @@ def _filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return scratch
 
     return allocate_nan
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what torch computes; views and memory without values are free."""
+
+    FREE = frozenset(
+        (
+            *(
+                "_reshape_alias",
+                "_unsafe_view",
+                "alias",
+                "as_strided",
+                "detach",
+                "expand",
+                "permute",
+                "select",
+                "slice",
+            ),
+            *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
+            *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name.partition("::")[2]
+        if name not in self.FREE:
+            self.counts[name] += 1
+        return op(*args, **(kwargs or {}))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from transmamba.data import Augmentation, as_floats, augment
+from tests.helpers import Dispatched
+from transmamba.data import Augmentation, as_floats, augment, augmentation
 from transmamba.errors import CorpusError
 
 
@@ -127,3 +128,23 @@ def test_settings_out_of_range_are_named(changes: dict[str, float]) -> None:
     ((name, value),) = changes.items()
     with pytest.raises(CorpusError, match=f"{name}={value}"):
         Augmentation(**changes)
+
+
+def test_erasing_draws_what_tensors_of_its_bounds_would() -> None:
+    """The same bits as with logarithms on the device, which would be sent there at every batch."""
+    low, high = (torch.tensor(ratio).log() for ratio in augmentation.ERASED_RATIO)
+    draw = torch.rand(1000)
+    smallest, span = augmentation._log_ratios()
+    assert torch.equal(smallest + draw * span, low + draw * (high - low))
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_a_batch_costs_the_same_ops_however_large_it_is(mix: str) -> None:
+    how = Augmentation(crop_padding=2, flip=True, erase=0.5, label_smoothing=0.1, **{mix: 0.8})
+    counts = []
+    for images in (8, 64):
+        with Dispatched() as mode:
+            augment(*batch(images), 5, how)
+        counts.append(sum(mode.counts.values()))
+        assert mode.counts["_to_copy"] <= 3  # pixels, labels and the mask of a cut
+    assert counts[0] == counts[1]

@@ -1,23 +1,33 @@
 """The adaption's loss: its value by hand, where its gradients go, and that the projections are gone afterwards."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, layer_norm
 
 from tests.distillation.image_pairs import adaption, image_batch, teacher_of_images
+from tests.helpers import Dispatched
 from tests.models.vision_models import tiny_vision_model
+from tests.ops.kernels import needs_triton
 from transmamba.distillation import (
     AdaptionLoss,
+    AdaptionObjective,
     LatentProjections,
     TeacherSignals,
     VisionTeacher,
     attached,
+    direction_cosine,
     feature_loss,
     make_projections,
     student_features,
+    target_layer,
+    teacher_in_order,
 )
+from transmamba.distillation import vision_teacher as teachers
+from transmamba.distillation.layer_weights import LAYER_WEIGHTS, layer_weights
 from transmamba.errors import InputError
 from transmamba.models import VimForImageClassification
 from transmamba.modules import DirectionOutput, scan_order
@@ -286,3 +296,117 @@ def test_settings_out_of_range_are_named(settings: dict[str, object], message: s
         AdaptionLoss(**settings)
     with pytest.raises(InputError, match="sharing='all' is unknown"):
         LatentProjections([], 3, sharing="all")
+
+
+def one_by_one(
+    layers: list[tuple[DirectionOutput, ...]],
+    theirs: TeacherSignals,
+    projections: LatentProjections,
+    settings: AdaptionLoss,
+) -> torch.Tensor:
+    """The feature loss, direction by direction and layer by layer, from the public parts."""
+    terms = []
+    for column in zip(*layers, strict=True):
+        cosines = []
+        for number, direction in enumerate(column):
+            tokens = theirs.tokens[target_layer(number, len(column), len(theirs.tokens), target=settings.target)]
+            wanted, steps = teacher_in_order(
+                tokens, theirs.num_others, theirs.grid, direction, class_token=settings.class_token
+            )
+            cosines.append(direction_cosine(projections(number, direction)[:, steps], wanted))
+        c = torch.stack(cosines)
+        terms.append((layer_weights(c, settings.layer_weights) * (1 - c)).mean())
+    return torch.stack(terms).sum() if settings.version == "v1" else torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("sharing", ["direction", "layer"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("plain_mamba", {}),
+        ("plain_mamba", {"version": "v1", "target": "final"}),
+        ("vim", {}),
+        ("vim", {"class_token": "leave", "layer_weights": "linear"}),
+        ("vmamba", {"layer_weights": "softmax"}),
+    ],
+    ids=str,
+)
+def test_all_directions_at_once_are_each_by_itself(family: str, settings: dict[str, Any], sharing: str) -> None:
+    """In fp64, the loss and every gradient; of PlainMamba, whose directions are one tensor, with products of all."""
+    student, objective, projections = adaption(family, sharing=sharing, **settings)
+    student, projections = student.double(), projections.double()
+    pixels = image_batch()["pixel_values"]
+    theirs = objective.teacher(pixels)
+    tokens = tuple(x.double() for x in theirs.tokens)
+    theirs = TeacherSignals(None, tokens, theirs.feature, theirs.num_others, theirs.grid, theirs.num_heads)
+    parameters = [*student.backbone.parameters(), *projections.parameters()]
+    found = []
+    for form in (lambda *given: feature_loss(*given)[0], one_by_one):
+        out = student(pixels.double(), output_directions=True)
+        loss = form(student_features(student, out, objective.settings), theirs, projections, objective.settings)
+        found.append((loss, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
+    (new, new_gradients), (old, old_gradients) = found
+    assert abs(new - old) < 1e-12
+    for one, other in zip(new_gradients, old_gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", LAYER_WEIGHTS)
+def test_weights_of_several_directions_are_those_of_each(form: str) -> None:
+    cosines = torch.rand(5, 3, dtype=torch.float64) * 2 - 1
+    together = layer_weights(cosines, form)
+    for column, weights in zip(cosines.unbind(1), together.unbind(1), strict=True):
+        assert torch.allclose(weights, layer_weights(column, form), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["DeiT", "ViT"])
+def test_under_autocast_the_teacher_says_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, pixels = teacher_of_images(name), image_batch()["pixel_values"]
+
+    def signals(once: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(teachers, "CAST_WEIGHTS_ONCE", once)
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
+            found = teacher(pixels, with_attention=True)
+        return [found.logits, found.feature, *found.tokens, *found.queries, *found.keys]
+
+    wide = teacher(pixels).logits
+    assert teacher.narrow is None
+    before = signals(True)
+    assert all(torch.equal(new, old) for new, old in zip(before, signals(False), strict=True))
+    assert not torch.equal(before[0].float(), wide)
+    copy = teacher.narrow
+    signals(True)
+    assert teacher.narrow is copy
+    with torch.no_grad():
+        teacher.network.blocks[1].attention.q_proj.weight.mul_(2)
+    after = signals(True)  # of the weights as they are now
+    assert not torch.equal(after[1], before[1])
+    assert all(torch.equal(new, old) for new, old in zip(after, signals(False), strict=True))
+
+
+@needs_triton
+def test_a_layer_of_plain_mamba_costs_few_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one more layer of student and teacher adds to a step. On a GPU each is a launch, of which a step is made.
+
+    Begun twice, scanned and merged, with the gradients, 8; cosines and their gradient, 2; products 18 and 2 of all
+    directions' gradients: two of in_proj, x_proj, dt_proj, the moves, out_proj, all directions; biases of in_proj and
+    out_proj, 3; convolution, SiLU and norm with gradients, 6, and a copy; -exp(A_log) and twice the bias, with
+    gradients, 6; B, C and the moves of all directions, with gradients, 5; gradients of what was cut in two or three, 3;
+    sums where a tensor is read twice, 4, and the residual with its gradient, 2; zeros, 1. A block of the teacher:
+    2 norms, 6 products, attention, GELU and 2 residuals, 12.
+    """
+    for op in ("selective_scan", "merge_scans", "residual_norm", "token_cosines"):
+        monkeypatch.setattr(import_module(f"transmamba.ops.{op}"), "resolve_backend", lambda *_, **__: "triton")
+    found = []
+    for layers in (2, 3):
+        torch.manual_seed(0)
+        student = tiny_vision_model("plain_mamba", num_hidden_layers=layers, layers_with_local_conv=[])
+        teacher, settings, batch = teacher_of_images(num_hidden_layers=layers), AdaptionLoss(), image_batch()
+        projections = make_projections(student, teacher, batch["pixel_values"], settings)
+        objective = AdaptionObjective(student, teacher, projections, settings)
+        with Dispatched() as mode:
+            objective(student, batch)[0].backward()
+        found.append(mode.counts)
+    more = found[1] - found[0]
+    assert sum(more.values()) <= 8 + 2 + 18 + 2 + 3 + 7 + 6 + 5 + 3 + 6 + 1 + 12
+    assert more["index_select"] == more["clone"] - 1 == more["stack"] == 0  # C, for all directions, is the one copy

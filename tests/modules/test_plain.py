@@ -11,7 +11,7 @@ from tests.helpers import relative_rms_error
 from tests.models.language_models import tiny_model, tokens
 from transmamba.modules import BidirectionalMamba2Mixer, CausalConv1d
 from transmamba.modules.mlp import SILU
-from transmamba.modules.plain import is_plain
+from transmamba.modules.plain import halves, is_plain, steps_and_bias
 
 
 def conv() -> CausalConv1d:
@@ -109,3 +109,22 @@ def test_the_encoder_computes_the_same_with_and_without_the_module(direction_wei
         nn.init.normal_(parameter, std=0.5)
     hidden = torch.randn(2, 7, 10, dtype=torch.float64)
     same_with_a_hook(mixer, lambda: mixer(hidden)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_halves_and_steps_are_what_the_projections_give(bias: bool) -> None:
+    """With a hook each projection is called as it is."""
+    projection, x = torch.nn.Linear(6, 8, bias=bias, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    found = halves(projection, x)
+    assert all(half.is_contiguous() for half in found)
+    steps, added = steps_and_bias(projection, x)
+    assert (added is projection.bias) if bias else (added is None)
+    steps = steps if added is None else steps + added
+    called = []
+    projection.register_forward_hook(lambda *_: called.append(1))
+    for new, old in zip(found, halves(projection, x), strict=True):
+        assert torch.allclose(new, old, rtol=0, atol=1e-15)
+    old, none = steps_and_bias(projection, x)
+    assert none is None
+    assert torch.allclose(steps, old, rtol=0, atol=1e-15)
+    assert len(called) == 2

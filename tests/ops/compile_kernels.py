@@ -20,14 +20,18 @@ from triton.runtime import JITFunction
 from transmamba.ops import (
     attention_step,
     backends,
+    begin_scans,
     causal_conv1d,
     conv_ssd_step,
     gated_rms_norm,
     memory_converter,
+    merge_scans,
+    residual_norm,
     selective_scan,
     ssd_scan,
     ssd_step,
     step_linear,
+    token_cosines,
 )
 from transmamba.ops.logit_distillation import logit_gradient
 
@@ -118,6 +122,14 @@ def small_ops() -> None:
     backward(causal_conv1d(x[:1], draw(64, 4), cu_seqlens=[0, 30, 70], validate=False))
     backward(gated_rms_norm(x, draw(2, 70, 64), draw(64), validate=False))
     backward(gated_rms_norm(x, draw(2, 70, 64), validate=False))
+    places = torch.arange(70).expand(4, 70)
+    backward(*merge_scans(draw(4, 2, 70, 384), places, draw(2, 70, 384), validate=False))
+    backward(merge_scans(draw(4, 2, 70, 40), places, validate=False)[0], begin_scans(x, places, validate=False))
+    backward(begin_scans(x, places, in_order=False, validate=False))
+    backward(token_cosines(draw(4, 2, 70, 192), draw(2, 72, 192, dtype=torch.float32), places, validate=False))
+    stream = draw(2, 70, 192, dtype=torch.float32)
+    backward(*residual_norm(stream, draw(192), draw(192), dtype=torch.bfloat16, validate=False))
+    backward(residual_norm(stream, draw(192), centred=False, dtype=torch.bfloat16, validate=False)[0])
     logits, labels = draw(8, 1000).detach(), torch.zeros(8, dtype=torch.int64)
     logit_gradient(logits, labels, draw(8, 1000).detach(), temperature=2.0, kl_weight=1.0, ce_weight=1.0)
 

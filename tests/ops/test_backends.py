@@ -18,11 +18,14 @@ OPS = (
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",
+    "merge_scans",
+    "residual_norm",
     "selective_scan",
     "softmax_attention",
     "ssd_scan",
     "ssd_step",
     "step_linear",
+    "token_cosines",
 )
 KERNELS = (
     "attention_step",
@@ -33,7 +36,16 @@ KERNELS = (
     "ssd_scan",
     "ssd_step",
 )
-UNPROVEN = ("causal_conv1d", "gated_rms_norm", "selective_scan", "step_linear")  # kernels that no card has passed yet
+# Kernels that no card has passed yet.
+UNPROVEN = (
+    "causal_conv1d",
+    "gated_rms_norm",
+    "merge_scans",
+    "residual_norm",
+    "selective_scan",
+    "step_linear",
+    "token_cosines",
+)
 
 
 class OnCuda:

@@ -28,11 +28,14 @@ from transmamba.ops import (
     hybrid_mixer,
     logit_distillation,
     memory_converter,
+    merge_scans,
+    residual_norm,
     selective_scan,
     softmax_attention,
     ssd_scan,
     ssd_step,
     step_linear,
+    token_cosines,
 )
 
 EXTRAS = {
@@ -193,6 +196,10 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     "memory_converter": lambda s, backend: memory_converter(
         s.k, s.v, s.dt, s.A, initial_state=s.state, backend=backend
     ),
+    "merge_scans": lambda s, backend: merge_scans(
+        s.v.permute(2, 0, 1, 3), _both_ways(s), s.k[:, :, 0, 8:], backend=backend
+    ),
+    "residual_norm": lambda s, backend: residual_norm(s.k, s.q[0, 0, 0], s.q[0, 1, 0], backend=backend),
     "selective_scan": lambda s, backend: selective_scan(
         s.v.flatten(2).transpose(1, 2),
         s.dt.repeat_interleave(4, dim=2).transpose(1, 2),
@@ -216,7 +223,16 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     "step_linear": lambda s, backend: step_linear(  # without gradients, which its kernel has none of
         s.q[:, 0, 0].detach(), [s.angles[:40], s.angles[40:60]], norm_weight=s.angles[0].abs(), backend=backend
     ),
+    "token_cosines": lambda s, backend: token_cosines(
+        s.q[:, :, :2].permute(2, 0, 1, 3), s.k[:, :, 0], _both_ways(s), backend=backend
+    ),
 }
+
+
+def _both_ways(s: _Sample) -> Tensor:
+    """Two orders of the sample's tokens, from either end."""
+    steps = torch.arange(s.v.shape[1], device=s.v.device)
+    return torch.stack([steps, steps.flip(0)])
 
 
 def _conv_ssd_step(s: _Sample, backend: str | None) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """Augmentation of a whole batch at a time, on its device, by torch's own random numbers, so that seeds repeat it."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,12 +92,22 @@ def _erase(x: Tensor, share: float) -> Tensor:
     batch, _, height, width = x.shape
     draw = torch.rand(5, batch, device=x.device)
     area = ERASED_AREA[0] + draw[0] * (ERASED_AREA[1] - ERASED_AREA[0])
-    low, high = (torch.tensor(ratio, device=x.device).log() for ratio in ERASED_RATIO)
-    ratio = torch.exp(low + draw[1] * (high - low))
+    low, span = _log_ratios()
+    ratio = torch.exp(low + draw[1] * span)
     tall, wide = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     inside = _box(draw[2] * (1 - tall), tall, height, 1) & _box(draw[3] * (1 - wide), wide, width, 0)
     chosen = (draw[4] < share)[:, None, None, None]
     return torch.where(inside & chosen, torch.rand_like(x), x)
+
+
+@lru_cache(maxsize=1)
+def _log_ratios() -> tuple[float, float]:
+    """The smallest logarithm of ERASED_RATIO and their difference, in fp32.
+
+    Numbers, since sending a tensor of them to a GPU waits for all that is queued there.
+    """
+    low, high = torch.tensor(ERASED_RATIO).log()
+    return float(low), float(high - low)
 
 
 def _box(start: Tensor, length: Tensor, size: int, dim: int) -> Tensor:

@@ -13,7 +13,6 @@ Source: Chen et al. 2025 (arXiv 2502.15130), versions 1 and 2; what they leave o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor, nn
 
 from transmamba.distillation.directions import (
     CLASS_TOKENS,
-    cosine_to_standardised,
-    standardised_on_grid,
+    places_of,
     target_layer,
-    teacher_in_order,
+    tokens_on_grid,
 )
 from transmamba.distillation.image_losses import Metrics, share_of_step, soft_logit_loss, task_loss, teacher_logits
 from transmamba.distillation.layer_weights import LAYER_WEIGHTS, layer_weights
@@ -34,6 +32,7 @@ from transmamba.errors import InputError
 from transmamba.models import VideoMambaConfig, VimConfig, VisionMambaClassifier
 from transmamba.modules import DirectionOutput
 from transmamba.modules.scan_orders import REVERSED
+from transmamba.ops import token_cosines
 
 VERSIONS = ("v1", "v2")
 FEATURES = ("directions", "merged")
@@ -174,46 +173,48 @@ def feature_loss(
     settings: AdaptionLoss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the feature loss, and the cosine and weight of every layer, means over directions, without gradient."""
-    known: dict[Any, Tensor] = {}
-    columns = zip(*layers, strict=True)
-    c = torch.stack([_cosines(column, teacher, projections, settings, known) for column in columns], dim=1)
-    weights = torch.stack(
-        [layer_weights(column, settings.layer_weights, temperature=settings.temperature) for column in c.unbind(1)],
-        dim=1,
-    )
+    stacked: dict[tuple[str, ...], Tensor] = {}
+    known: dict[Any, Any] = {}
+    cosines = [
+        _cosines(number, len(layers), layer, projections.of_layer(number, layer, stacked), teacher, settings, known)
+        for number, layer in enumerate(layers)
+    ]
+    if len({one.shape for one in cosines}) == 1:
+        c = torch.stack(cosines).mean(dim=(-2, -1))
+    else:  # a pyramid
+        c = torch.stack([one.mean(dim=(-2, -1)) for one in cosines])
+    weights = layer_weights(c, settings.layer_weights, temperature=settings.temperature)
     per_direction = (weights * (1 - c)).mean(dim=0)
     loss = per_direction.sum() if settings.version == "v1" else per_direction.mean()
     return loss, c.detach().mean(dim=1), weights.mean(dim=1)
 
 
 def _cosines(
-    column: Sequence[DirectionOutput],
+    number: int,
+    num_layers: int,
+    layer: Sequence[DirectionOutput],
+    ours: Tensor,
     teacher: TeacherSignals,
-    projections: LatentProjections,
     settings: AdaptionLoss,
-    known: dict[Any, Tensor],
+    known: dict[Any, Any],
 ) -> Tensor:
-    """The cosines (layers,) of one direction; layers in a row that scan one grid are compared at once.
+    """The cosines (directions, batch, steps) of a layer's projected features with the teacher's tokens.
 
-    known: the teacher's tokens that an earlier direction has standardised, by grid and blocks.
+    known: what earlier layers have found: the teacher's tokens on a grid, and which of them the steps of scans meet.
     """
-    numbered = enumerate(column)
-    targets = [
-        target_layer(number, len(column), len(teacher.tokens), target=settings.target) for number in range(len(column))
-    ]
-    found: list[Tensor] = []
-    for (grid, _), group in groupby(numbered, key=lambda one: (one[1].grid, one[1].name)):
-        members = list(group)
-        ours = torch.stack([projections(number, direction) for number, direction in members])
-        key = grid, tuple(targets[number] for number, _ in members)
-        if key not in known:
-            theirs = torch.stack([teacher.tokens[target] for target in key[1]])
-            known[key] = standardised_on_grid(theirs, teacher.num_others, teacher.grid, grid)
-        wanted, steps = teacher_in_order(
-            known[key], teacher.num_others, grid, members[0][1], class_token=settings.class_token
-        )
-        found.append(cosine_to_standardised(ours if len(steps) == ours.shape[2] else ours[:, :, steps], wanted))
-    return torch.cat(found)
+    block = target_layer(number, num_layers, len(teacher.tokens), target=settings.target)
+    grid = layer[0].grid
+    if (block, grid) not in known:
+        known[block, grid] = tokens_on_grid(teacher.tokens[block], teacher.num_others, teacher.grid, grid)
+    orders = tuple(one.patches for one in layer)
+    if orders not in known:
+        found = [places_of(one, teacher.num_others, class_token=settings.class_token) for one in layer]
+        steps = [one for _, one in found if one is not None]
+        known[orders] = torch.stack([one for one, _ in found]), torch.stack(steps) if steps else None
+    places, steps = known[orders]
+    if steps is not None:
+        ours = torch.stack([one[:, kept] for one, kept in zip(ours, steps, strict=True)])
+    return token_cosines(ours, known[block, grid], places, validate=False)
 
 
 def _merged(state: Tensor, first: DirectionOutput, in_scan_order: bool) -> DirectionOutput:

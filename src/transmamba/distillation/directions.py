@@ -9,19 +9,17 @@ Means over patches do not change when the order does, so the comparison is token
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import interpolate, layer_norm, normalize
+from torch.nn.functional import interpolate
 
 from transmamba.errors import InputError
 from transmamba.modules import DirectionOutput
 from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
+from transmamba.ops.token_cosines import Cosine, standardised
 
 CLASS_TOKENS = ("move", "leave")
-LEAST_LENGTH = 1e-8  # of features, so that those without any have a cosine of 0
 
 
 def teacher_in_order(
@@ -48,8 +46,7 @@ def teacher_in_order(
     if count == len(direction.patches):
         return patches.index_select(-2, direction.patches), torch.arange(count, device=tokens.device)
     if class_token == "leave":
-        # The steps of patches, in order; a sort has a known size, so that nothing waits for the device.
-        steps = torch.argsort((direction.patches == TOKEN_WITHOUT_PATCH).int(), stable=True)[:count]
+        steps = _steps_of_patches(direction.patches, count)
         return patches.index_select(-2, direction.patches[steps]), steps
     both = torch.cat([tokens[..., :1, :], patches], dim=-2)
     return both.index_select(-2, direction.patches + 1), torch.arange(len(direction.patches), device=tokens.device)
@@ -66,46 +63,10 @@ def direction_cosine(student: Tensor, teacher: Tensor, inside: Tensor | None = N
     fp64 for fp64 inputs.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return cosine_to_standardised(student, standardised(teacher.to(dtype)), inside)
-
-
-def standardised(features: Tensor) -> Tensor:
-    """Features (..., width), fp32 or fp64, without mean and of length 1."""
-    return normalize(layer_norm(features, features.shape[-1:]), dim=-1, eps=LEAST_LENGTH)
-
-
-def cosine_to_standardised(student: Tensor, teacher: Tensor, inside: Tensor | None = None) -> Tensor:
-    """direction_cosine with teacher's features that are standardised already, which several directions share."""
-    cosines = _Cosine.apply(student, teacher)
+    cosines = Cosine.apply(student, standardised(teacher.to(dtype)))
     if inside is None:
         return cosines.mean(dim=(-2, -1))
     return torch.where(inside, cosines, 0.0).sum(dim=(-2, -1)) / inside.sum().clamp(min=1)
-
-
-class _Cosine(torch.autograd.Function):
-    """The cosines (...) of x, standardised, and of y, which is so already, each (..., width).
-
-    With a the layer norm of x, c = a y / |a|, whose gradient y / |a| - c a / |a|^2 has no mean and is orthogonal to a:
-    so layer norm's own gradient does nothing but scale it. Step by step, autograd would keep and walk through five
-    tensors of the features' size in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        a, _, scale = torch.native_layer_norm(x.to(y.dtype), x.shape[-1:], None, None, 1e-5)
-        length = torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp(min=LEAST_LENGTH)
-        cosine = (a * y).sum(-1, keepdim=True) / length
-        ctx.save_for_backward(a, y, cosine, scale, length)
-        ctx.dtype = x.dtype
-        return cosine.squeeze(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        a, y, cosine, scale, length = ctx.saved_tensors
-        slope = gradients[0].unsqueeze(-1) / length
-        dx = (y * (slope * scale)).addcmul_(a, -slope * scale * cosine / length).to(ctx.dtype)
-        return dx, slope * a if ctx.needs_input_grad[1] else None
 
 
 def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target: str = "mapped") -> int:
@@ -124,15 +85,30 @@ def target_layer(layer: int, student_layers: int, teacher_layers: int, *, target
     return (2 * share + student_layers) // (2 * student_layers) - 1
 
 
-def standardised_on_grid(tokens: Tensor, num_others: int, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
-    """A teacher's tokens standardised, in fp32 or fp64, their patches on the grid of a student; see teacher_in_order.
+def tokens_on_grid(tokens: Tensor, num_others: int, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """A teacher's tokens (..., num_others + patches, hidden_size) with their patches on the grid of a student."""
+    if tuple(grid) == tuple(wanted):
+        return tokens
+    return torch.cat([tokens[..., :num_others, :], _on_grid(tokens[..., num_others:, :], grid, wanted)], dim=-2)
 
-    Once for all directions: a token's own mean and length do not change when the order does.
-    """
-    if tuple(grid) != tuple(wanted):
-        patches = _on_grid(tokens[..., num_others:, :], grid, wanted)
-        tokens = torch.cat([tokens[..., :num_others, :], patches], dim=-2)
-    return standardised(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
+
+def places_of(
+    direction: DirectionOutput, num_others: int, *, class_token: str = "move"
+) -> tuple[Tensor, Tensor | None]:
+    """What teacher_in_order reads, as the numbers of the tokens (steps,), and of which steps; None = of all."""
+    patches = direction.patches
+    count = direction.grid[0] * direction.grid[1]
+    if count == len(patches):
+        return patches + num_others, None
+    if class_token == "leave":
+        steps = _steps_of_patches(patches, count)
+        return patches[steps] + num_others, steps
+    return torch.where(patches == TOKEN_WITHOUT_PATCH, 0, patches + num_others), None
+
+
+def _steps_of_patches(patches: Tensor, count: int) -> Tensor:
+    """The steps of patches, in order; a sort has a known size, so that nothing waits for the device."""
+    return torch.argsort((patches == TOKEN_WITHOUT_PATCH).int(), stable=True)[:count]
 
 
 def _on_grid(patches: Tensor, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:

@@ -15,7 +15,8 @@ LAYER_WEIGHTS = {
 
 
 def layer_weights(cosines: Tensor, form: str = "ratio", *, temperature: float = 0.1) -> Tensor:
-    """Weights of the layers whose cosines are (layers,), with a mean of 1 and without gradient.
+    """Weights of the layers whose cosines are (layers,) or (layers, directions), with a mean over layers of 1, of every
+    direction by itself, and without gradient.
 
     The ratio is detached: with a gradient through it, layers that are near would be pushed away wherever another is
     far. form: a name of LAYER_WEIGHTS.
@@ -26,15 +27,16 @@ def layer_weights(cosines: Tensor, form: str = "ratio", *, temperature: float = 
     c = cosines.detach()
     if form == "ratio":
         clamped = c.clamp(LEAST_COSINE, 1)
-        weights = clamped.mean() / clamped
+        weights = clamped.mean(0) / clamped
     elif form == "uniform":
         weights = torch.ones_like(c)
     elif form == "linear":
-        weights = torch.arange(1, len(c) + 1, dtype=c.dtype, device=c.device)
+        depth = torch.arange(1, len(c) + 1, dtype=c.dtype, device=c.device)
+        weights = depth.reshape(-1, *(1,) * (c.dim() - 1)).expand_as(c)
     elif form == "softmax":
         if not temperature > 0:
             raise InputError(f"temperature={temperature} must be above 0; 0.1 tells cosines apart.")
         weights = torch.softmax(-c / temperature, dim=0)
     else:
         raise InputError(f"layer_weights={form!r} is unknown; choose one of {', '.join(LAYER_WEIGHTS)}.")
-    return weights * len(c) / weights.sum()
+    return weights * len(c) / weights.sum(0)

@@ -9,7 +9,11 @@ from torch.nn.functional import pad
 
 from transmamba.errors import InputError
 from transmamba.modules import DirectionOutput
+from transmamba.modules.plain import is_plain
+from transmamba.ops.precision import cast_once
 
+# False: a product for each direction of a layer, whose gradients are stacked again. Not timed yet.
+TOGETHER = True
 SHARING = ("direction", "layer", "none")
 ATTRIBUTE = "training_parts"  # of a student that is being distilled
 
@@ -68,6 +72,31 @@ class LatentProjections(nn.Module):
     def forward(self, layer: int, direction: DirectionOutput) -> Tensor:
         """The features of a direction of a layer in the teacher's space, (batch, steps, hidden_size)."""
         return self.by_key[self.key(layer, direction.name, direction.features.shape[-1])](direction.features)
+
+    def of_layer(
+        self, layer: int, directions: Sequence[DirectionOutput], known: dict[tuple[str, ...], Tensor]
+    ) -> Tensor:
+        """The same of all these directions of a layer, (directions, batch, steps, hidden_size).
+
+        known: the weights that earlier layers of a step have stacked, by the names of the projections. Where the
+        directions are one tensor, so is their product.
+        """
+        every = directions[0].every
+        whole = every is not None and len(every) == len(directions) and all(one.every is every for one in directions)
+        if every is None or not (TOGETHER and whole):
+            return torch.stack([self(layer, direction) for direction in directions])
+        keys = tuple(self.key(layer, one.name, every.shape[-1]) for one in directions)
+        parts = [self.by_key[key] for key in keys]
+        weights = [
+            part.linear.weight
+            for part in parts
+            if is_plain(part, LatentProjection) and is_plain(part.linear, nn.Linear) and not any(part.padding)
+        ]
+        if len(weights) < len(parts):  # adapters, hooks, padding
+            return torch.stack([self(layer, direction) for direction in directions])
+        if keys not in known:
+            known[keys] = cast_once(torch.stack(weights)).transpose(1, 2)
+        return torch.bmm(every.flatten(1, 2), known[keys]).unflatten(1, every.shape[1:3])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ token if there is one, then the patches in raster order.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DeiTConfig, PreTrainedModel, ViTConfig
 
 from transmamba.errors import InputError
+from transmamba.ops.precision import AUTOCAST_DEVICES
+
+# False: autocast casts every weight at every call, and what a norm writes once for each product. Not timed yet.
+CAST_WEIGHTS_ONCE = True
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,23 @@ class _Seen:
         return hook
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A model with the parts of it that are read. made_of: the weights, as they were when it was made."""
+
+    model: Any
+    blocks: list[Any]
+    final_norm: nn.Module
+    made_of: tuple[Any, ...] = ()
+
+    @staticmethod
+    def of(model: Any, made_of: tuple[Any, ...] = ()) -> "_Network":
+        backbone = model.base_model
+        return _Network(model, list(backbone.layers), backbone.layernorm, made_of)
+
+
 class VisionTeacher:
-    """A ViT or DeiT that runs beside the student, frozen.
+    """A ViT or DeiT that runs beside the student, frozen. Under autocast a copy runs whose weights are cast already.
 
     Raises:
         InputError: it is of another family.
@@ -58,9 +78,8 @@ class VisionTeacher:
         if not isinstance(model.config, ViTConfig | DeiTConfig):
             raise InputError(f"{type(model).__name__} is no teacher of images; give a ViT or DeiT of transformers.")
         self.model = model.eval().requires_grad_(False)
-        backbone: Any = model.base_model
-        self.blocks: list[Any] = list(backbone.layers)
-        self.final_norm: nn.Module = backbone.layernorm
+        self.network = _Network.of(self.model)
+        self.narrow: _Network | None = None
         self.num_labels = None if model.base_model is model else int(model.config.num_labels)
 
     @property
@@ -69,7 +88,7 @@ class VisionTeacher:
 
     @property
     def num_layers(self) -> int:
-        return len(self.blocks)
+        return len(self.network.blocks)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,9 +105,9 @@ class VisionTeacher:
                 f"the teacher reads images of {self.model.config.num_channels} x {height} x {width} and these are "
                 f"{' x '.join(map(str, pixel_values.shape[1:]))}; set image_size to the teacher's."
             )
-        seen = _Seen()
-        with self._hooks(seen, with_attention):
-            output = self.model(pixel_values=pixel_values)
+        seen, network = _Seen(), self._network(pixel_values.device.type)
+        with _hooks(network, seen, with_attention):
+            output = network.model(pixel_values=pixel_values)
         tokens = tuple(seen.outputs["block"])
         return TeacherSignals(
             logits=None if self.num_labels is None else output.logits,
@@ -101,19 +120,38 @@ class VisionTeacher:
             keys=tuple(seen.outputs.get("key", ())),
         )
 
-    @contextmanager
-    def _hooks(self, seen: _Seen, with_attention: bool) -> Iterator[None]:
-        handles: list[RemovableHandle] = [self.final_norm.register_forward_hook(seen.keep("norm"))]
-        for block in self.blocks:
-            handles.append(block.register_forward_hook(seen.keep("block")))
-            if with_attention:
-                handles.append(block.attention.q_proj.register_forward_hook(seen.keep("query")))
-                handles.append(block.attention.k_proj.register_forward_hook(seen.keep("key")))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _network(self, device: str) -> _Network:
+        """The model, or under autocast its copy with the values that autocast would give to every product."""
+        if not (CAST_WEIGHTS_ONCE and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)):
+            return self.network
+        dtype = torch.get_autocast_dtype(device)
+        made_of = dtype, *((one.data_ptr(), one._version) for one in self.model.parameters())
+        if self.narrow is None or self.narrow.made_of != made_of:
+            copy = deepcopy(self.model)
+            for module in copy.modules():
+                if type(module) in (nn.Linear, nn.Conv2d):
+                    module.to(dtype)
+            self.narrow = _Network.of(copy, made_of)
+            for block in self.narrow.blocks:  # its norms are read by products alone, one of them by three
+                for module in block.modules():
+                    if isinstance(module, nn.LayerNorm):
+                        module.register_forward_hook(lambda _, __, output: output.to(dtype))
+        return self.narrow
+
+
+@contextmanager
+def _hooks(network: _Network, seen: _Seen, with_attention: bool) -> Iterator[None]:
+    handles: list[RemovableHandle] = [network.final_norm.register_forward_hook(seen.keep("norm"))]
+    for block in network.blocks:
+        handles.append(block.register_forward_hook(seen.keep("block")))
+        if with_attention:
+            handles.append(block.attention.q_proj.register_forward_hook(seen.keep("query")))
+            handles.append(block.attention.k_proj.register_forward_hook(seen.keep("key")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -5,12 +5,14 @@ those of the backward direction end in _b. Channels stand last in memory through
 channels.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from transmamba.modules.conv import CausalConv1d
-from transmamba.modules.plain import is_plain
+from transmamba.modules.plain import halves, is_plain, steps_and_bias
 from transmamba.modules.scan_orders import REVERSED, DirectionOutput
 from transmamba.ops import causal_conv1d, selective_scan
 
@@ -51,7 +53,7 @@ class BidirectionalMambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        x, z = halves(self.in_proj, hidden)
         forward = self._scan(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         x, z = x.flip(1), z.flip(1)
         backward = self._scan(x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
@@ -68,9 +70,11 @@ class BidirectionalMambaMixer(nn.Module):
             window = pad(x, (0, 0, self.conv1d.kernel_size[0] - 1, 0))
             u = silu(conv(window.transpose(1, 2)).transpose(1, 2))
         dt, B, C = x_proj(u).split(self.split_sizes, dim=-1)
-        u, delta, B, C, z = (given.transpose(1, 2) for given in (u, dt_proj(dt), B, C, z))
+        delta, bias = steps_and_bias(dt_proj, dt)
+        u, delta, B, C, z = (given.transpose(1, 2) for given in (u, delta, B, C, z))
         A = -torch.exp(A_log.float())  # bf16 would move A by up to 0.8 %
-        return selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, validate=False).transpose(1, 2)
+        y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, validate=False)
+        return y.transpose(1, 2)
 
 
 def both_directions(
@@ -80,5 +84,10 @@ def both_directions(
     backward = name.removesuffix(REVERSED) if name.endswith(REVERSED) else name + REVERSED
     return (
         DirectionOutput(name=name, features=features[0], patches=patches, grid=grid),
-        DirectionOutput(name=backward, features=features[1], patches=patches.flip(0), grid=grid),
+        DirectionOutput(name=backward, features=features[1], patches=_reversed(patches), grid=grid),
     )
+
+
+@lru_cache(maxsize=16)  # the layers of a model share them
+def _reversed(patches: Tensor) -> Tensor:
+    return patches.flip(0)

@@ -3,10 +3,17 @@
 from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from transmamba.ops import gated_rms_norm
+from transmamba.ops import gated_rms_norm, residual_norm
+from transmamba.ops.precision import autocast_dtype, cast_once
 
 M = TypeVar("M", bound=nn.Module)
+
+# False: one product, whose halves a convolution copies, and whose gradients are copied together. Not timed yet.
+TWO_PRODUCTS = True
+# False: dt_proj adds its bias itself, and its gradient is a pass over that of the steps. Not timed yet.
+BIAS_IN_SCAN = True
 
 
 def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
@@ -28,3 +35,34 @@ def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
         return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
     y = gated_rms_norm(y, gate, validate=False)
     return y if norm is None else norm(y)
+
+
+def normed_and_residual(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(hidden), hidden), the first as products would cast it; in one op where the norm is plain."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    if hidden.dtype == weight.dtype and weight.dim() == 1:
+        dtype = autocast_dtype(hidden) or hidden.dtype
+        if is_plain(norm, nn.LayerNorm):
+            return residual_norm(hidden, weight, norm.bias, eps=norm.eps, dtype=dtype, validate=False)
+        if is_plain(norm, nn.RMSNorm) and norm.eps is not None:
+            return residual_norm(hidden, weight, eps=norm.eps, centred=False, dtype=dtype, validate=False)
+    return norm(hidden.to(weight.dtype)), hidden
+
+
+def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """projection(hidden) cut in two along the last dimension; each half is dense where the projection is plain."""
+    if not (TWO_PRODUCTS and is_plain(projection, nn.Linear)):
+        first, second = projection(hidden).chunk(2, dim=-1)
+        return first, second
+    hidden = cast_once(hidden)
+    weights = cast_once(projection.weight).chunk(2)
+    biases = (None, None) if projection.bias is None else cast_once(projection.bias).chunk(2)
+    return linear(hidden, weights[0], biases[0]), linear(hidden, weights[1], biases[1])
+
+
+def steps_and_bias(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dt_proj(dt), and None; or the product alone and the bias, which a scan adds in fp32 and sums the gradient of."""
+    if BIAS_IN_SCAN and is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
+        return linear(dt, dt_proj.weight), dt_proj.bias
+    return dt_proj(dt), None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from transmamba.modules.plain import halves, steps_and_bias
 from transmamba.modules.scan_orders import NUM_MOVES, DirectionOutput, scan_orders
-from transmamba.ops import selective_scan
+from transmamba.ops import begin_scans, merge_scans, selective_scan
 
 
 class PlainMambaMixer(nn.Module):
@@ -48,35 +49,32 @@ class PlainMambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[DirectionOutput, ...]]:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        x, z = halves(self.in_proj, hidden)
         image = x.unflatten(1, grid).permute(0, 3, 1, 2)
         x = silu(self.conv2d(image)).permute(0, 2, 3, 1).flatten(1, 2)
         dt, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         orders = scan_orders(self.scan_orders, grid, x.device)
         count = len(orders.orders)
         moves = (orders.moves().to(self.direction_Bs.dtype) @ self.direction_Bs).to(B.dtype)
-        u, delta, C = orders.scan(x, 1), _for_each(count, self.dt_proj(dt)), _for_each(count, C)
-        u, delta, B, C = (y.flatten(0, 1).transpose(1, 2) for y in (u, delta, B.unsqueeze(1) + moves, C))
-        y = selective_scan(  # one row per image and direction
+        delta, bias = steps_and_bias(self.dt_proj, dt)
+        u = begin_scans(x, orders.places, validate=False)
+        delta = begin_scans(delta, orders.places, in_order=False, validate=False)
+        B, C = B + moves.unsqueeze(1), C.expand(count, *C.shape)
+        u, delta, B, C = (y.flatten(0, 1).transpose(1, 2) for y in (u, delta, B, C))
+        y = selective_scan(  # one row per direction and image
             u,
             delta,
             -torch.exp(self.A_log.float()),  # bf16 would move A by up to 0.8 %
             B,
             C,
             self.D,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=self.dt_proj.bias if bias is None else 2 * bias,
             delta_softplus=True,
             validate=False,
         )
-        y = y.transpose(1, 2).unflatten(0, (len(hidden), count))
-        merged = orders.merge(y, 1)
+        merged, y = merge_scans(y.transpose(1, 2).unflatten(0, (count, len(hidden))), orders.places, z, validate=False)
         directions = tuple(
-            DirectionOutput(name=order.name, features=one, patches=order.order, grid=grid)
-            for order, one in zip(orders.orders, y.unbind(1), strict=True)
+            DirectionOutput(name=order.name, features=one, patches=order.order, grid=grid, every=y)
+            for order, one in zip(orders.orders, y.unbind(), strict=True)
         )
-        return self.out_proj(merged * silu(z)), directions
-
-
-def _for_each(count: int, x: Tensor) -> Tensor:
-    """(batch, ...) -> (batch, count, ...)."""
-    return x.unsqueeze(1).expand(-1, count, *x.shape[1:])
+        return self.out_proj(merged), directions

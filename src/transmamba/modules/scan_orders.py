@@ -7,13 +7,13 @@ order[t] is the raster index of the patch that the scan visits at step t, and in
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from transmamba.errors import InputError
+from transmamba.ops.merge_scans.torch import Gather, GatherAndAdd
 
 REVERSED = "_reversed"
 START, RIGHT, LEFT, UP, DOWN = range(5)
@@ -55,18 +55,20 @@ class ScanOrder:
 class ScanOrders:
     """Several orders of one grid, taken at once: a gather each way, and gathers too in the backward pass.
 
-    order, inverse (patches, orders): those of ScanOrder, side by side. dim is where the orders stand in a tensor of all
+    order, inverse (patches, orders): those of ScanOrder, side by side. places (orders, patches): the inverses one after
+    the other, as the ops begin_scans and merge_scans take them. dim is where the orders stand in a tensor of all
     scans: 1 for (batch, orders, patches, channels), 2 for (batch, patches, orders, channels).
     """
 
     orders: tuple[ScanOrder, ...]
     order: Tensor
     inverse: Tensor
+    places: Tensor
 
     def scan(self, x: Tensor, dim: int) -> Tensor:
         """Patches in raster order, (batch, patches, channels), to all scan orders."""
         every, back = _rows(self, len(x), dim)
-        scanned = _Gather.apply(x.flatten(0, 1), every, back, len(self.orders))
+        scanned = Gather.apply(x.flatten(0, 1), every, back, len(self.orders))
         sizes = list(x.shape)
         sizes.insert(dim, len(self.orders))
         return scanned.reshape(sizes)
@@ -74,13 +76,13 @@ class ScanOrders:
     def merge(self, x: Tensor, dim: int) -> Tensor:
         """All scan orders back to raster order and added up, (batch, patches, channels)."""
         every, back = _rows(self, len(x), dim)
-        merged = _GatherAndAdd.apply(x.flatten(0, 2), every, back, len(self.orders))
+        merged = GatherAndAdd.apply(x.flatten(0, 2), every, back, len(self.orders))
         return merged.reshape(len(x), len(self.order), x.shape[3])
 
     def arrange(self, x: Tensor) -> Tensor:
         """What belongs to an order each, (batch, patches, orders, channels), from raster order to these orders."""
         every, back = _rows_of_own(self, len(x))
-        return _Gather.apply(x.flatten(0, 2), every, back, 1).reshape(x.shape)
+        return Gather.apply(x.flatten(0, 2), every, back, 1).reshape(x.shape)
 
     def moves(self) -> Tensor:
         """The moves of every order as unit vectors, (orders, patches, NUM_MOVES), fp32; see ScanOrder.
@@ -90,50 +92,21 @@ class ScanOrders:
         return _every_move(self.orders)
 
 
-class _Gather(torch.autograd.Function):
-    """PyTorch's own gradient of a gather adds into zeros, which is slow on GPUs; each of these two is the other's.
-
-    Rows (rows, channels) are read `count` times each, at `every`, and found again at `back`. On GPUs PyTorch moves
-    rows of a matrix 16 bytes at a time, and single numbers of what has more dimensions.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(every, back)
-        ctx.count = count
-        return x.index_select(0, every)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _GatherAndAdd.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
-
-
-class _GatherAndAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, every: Tensor, back: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(every, back)
-        ctx.count = count
-        found = x.index_select(0, back)
-        return found if count == 1 else found.reshape(len(back) // count, count, x.shape[1]).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Gather.apply(gradients[0], *ctx.saved_tensors, ctx.count), None, None, None
-
-
 @dataclass(frozen=True, eq=False)
 class DirectionOutput:
     """What one direction of a layer gives before the directions are merged and projected.
 
     features (batch, seq_len, channels), in the order of the scan. patches (seq_len,): the raster index of the patch at
     every step, or TOKEN_WITHOUT_PATCH where there is another token, such as a class token. Of text, (batch, seq_len):
-    the place of the token, since rows have lengths of their own, or TOKEN_WITHOUT_PATCH in padding.
+    the place of the token, since rows have lengths of their own, or TOKEN_WITHOUT_PATCH in padding. every (directions,
+    batch, seq_len, channels): the features of all directions of the layer, in their order, where they are one tensor.
     """
 
     name: str
     features: Tensor
     patches: Tensor
     grid: tuple[int, ...]
+    every: Tensor | None = None
 
     def in_raster_order(self) -> Tensor:
         """The features of the patches alone, (batch, patches, channels), as they lie in the image.
@@ -193,6 +166,7 @@ def _scan_orders(names: tuple[str, ...], grid: tuple[int, ...], device: torch.de
         orders=orders,
         order=torch.stack([order.order for order in orders], dim=1),
         inverse=torch.stack([order.inverse for order in orders], dim=1),
+        places=torch.stack([order.inverse for order in orders]),
     )
 
 

@@ -9,18 +9,22 @@ from .gated_rms_norm import gated_rms_norm
 from .hybrid_mixer import hybrid_mixer
 from .logit_distillation import LogitLosses, logit_distillation
 from .memory_converter import memory_converter
+from .merge_scans import begin_scans, merge_scans
+from .residual_norm import residual_norm
 from .rotary import apply_rotary
 from .selective_scan import selective_scan
 from .softmax_attention import softmax_attention
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
 from .step_linear import step_linear
+from .token_cosines import token_cosines
 
 __all__ = [
     "BackendChoice",
     "LogitLosses",
     "apply_rotary",
     "attention_step",
+    "begin_scans",
     "causal_conv1d",
     "check_values",
     "conv_ssd_step",
@@ -29,9 +33,12 @@ __all__ = [
     "hybrid_mixer",
     "logit_distillation",
     "memory_converter",
+    "merge_scans",
+    "residual_norm",
     "selective_scan",
     "softmax_attention",
     "ssd_scan",
     "ssd_step",
     "step_linear",
+    "token_cosines",
 ]

@@ -28,15 +28,26 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "hybrid_mixer": ("reference", "torch", "triton"),
     "logit_distillation": ("reference", "torch", "triton"),
     "memory_converter": ("reference", "torch", "triton"),
+    "merge_scans": ("reference", "torch", "triton"),
+    "residual_norm": ("reference", "torch", "triton"),
     "selective_scan": ("reference", "torch", "triton"),
     "softmax_attention": ("reference", "torch"),
     "ssd_scan": ("reference", "torch", "triton"),
     "ssd_step": ("reference", "torch", "triton"),
     "step_linear": ("reference", "torch", "triton"),
+    "token_cosines": ("reference", "torch", "triton"),
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN: tuple[str, ...] = ("causal_conv1d", "gated_rms_norm", "selective_scan", "step_linear")
+_UNPROVEN: tuple[str, ...] = (
+    "causal_conv1d",
+    "gated_rms_norm",
+    "merge_scans",
+    "residual_norm",
+    "selective_scan",
+    "step_linear",
+    "token_cosines",
+)
 _preferred: dict[str, str] = {}
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -29,9 +29,15 @@ def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def cast_once(x: Tensor) -> Tensor:
-    """Return x as autocast would give it to each of several products; their gradients are then summed in that dtype."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes products on x's device, None where it is off or x is no fp32."""
     device = x.device.type
     if x.dtype != torch.float32 or device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """Return x as autocast would give it to each of several products; their gradients are then summed in that dtype."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)

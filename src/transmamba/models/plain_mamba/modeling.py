@@ -25,6 +25,7 @@ from transmamba.models.vision import (
 )
 from transmamba.modules import DirectionOutput, DropPath, PlainMambaMixer
 from transmamba.modules.patches import check_pixels, drop_path_rates, resize_positions
+from transmamba.modules.plain import normed_and_residual
 
 from .configuration import PlainMambaConfig
 
@@ -141,7 +142,8 @@ class PlainMambaLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[DirectionOutput, ...]]:
-        mixed, directions = self.mixer(self.norm(hidden), grid)
+        normed, hidden = normed_and_residual(self.norm, hidden)
+        mixed, directions = self.mixer(normed, grid)
         return hidden + self.drop_path(mixed), directions
 
 

@@ -23,6 +23,7 @@ from transmamba.models.vision import (
 from transmamba.modules import BidirectionalMambaMixer, DropPath, PatchEmbedding, scan_order
 from transmamba.modules.bidirectional_mamba import both_directions
 from transmamba.modules.patches import check_pixels, drop_path_rates, patches_with_token, resize_positions
+from transmamba.modules.plain import normed_and_residual
 from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
 
 from .configuration import VimConfig
@@ -141,5 +142,6 @@ class VimLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixed, directions = self.mixer(self.norm(hidden.to(self.norm.weight.dtype)))
+        normed, hidden = normed_and_residual(self.norm, hidden)
+        mixed, directions = self.mixer(normed)
         return hidden + self.drop_path(mixed), directions
