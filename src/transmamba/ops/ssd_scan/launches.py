@@ -245,7 +245,12 @@ def run_scan(
     entering = initial_state if whole else _entering(job, k, v, decays, initial_state)
     kept = _empty(k.device) if whole or entering is None else entering
     if job.tuning.forward_sweeps:
-        ends = {"entering": entering, "entering_group": job.groups[-1], "end": state, "end_group": job.groups[-1]}
+        ends: dict[str, Any] = {
+            "entering": entering,
+            "entering_group": job.groups[-1],
+            "end": state,
+            "end_group": job.groups[-1],
+        }
         _sweep(job, job.tuning.forward, q, k, v, decays, out, D=D, **ends)
         return Scanned(y, state, kept, decays)
     launch(
@@ -474,14 +479,12 @@ def _swept_gradients(
     flows = torch.empty(blocks, job.num_chunks, job.heads, dtype=torch.float32, device=device)
     diagonals = None if D is None else torch.empty(len(job.segments), job.heads, dtype=torch.float32, device=device)
     group = job.groups[-1]
-    forward = {"entering": before, "entering_group": group, "transposed": True}
+    forward: dict[str, Any] = {"entering": before, "entering_group": group, "transposed": True}
     _sweep(job, how, dy, v, k, decays, dq, other=q, sums=reads, states=states, diagonals=diagonals, **forward)
-    reverse = {"entering": leaving, "entering_group": group if job.segments.whole_rows else 1, "reverse": True}
+    group = group if job.segments.whole_rows else 1
+    reverse: dict[str, Any] = {"entering": leaving, "entering_group": group, "reverse": True}
     _sweep(job, how, k, q, dy, decays, dv, D=D, end=ends, **reverse)
-    _sweep(
-        *(job, how, v, dy, q, decays, dk),
-        **{"other": k, "sums": writes, "states": states, "flows": flows, "transposed": True, **reverse},
-    )
+    _sweep(job, how, v, dy, q, decays, dk, other=k, sums=writes, states=states, flows=flows, transposed=True, **reverse)
     rates = torch.empty(job.num_chunks, job.heads, dtype=torch.float32, device=device)
     launch(
         kernels.step_gradient_kernel,
