@@ -2,9 +2,10 @@
 
 Forward reads q, k and v once and writes y once: a program carries the state of one head over a segment of the sequence.
 Where rows are cut into segments, to fill the card, a pass over keys and values comes first, which learns the state that
-each segment starts from. Backward stores the state that enters each chunk and the gradient of the one that leaves it,
-and then takes all chunks at once; it keeps the decays of forward. Nothing is added atomically: heads that share an
-entry write a part each, and parts are summed in fp32 afterwards, so results are the same bits every time.
+each segment starts from. Backward is three sweeps of the same kind, for q, v and k, or (Tuning.sweeps = None) stores the
+state that enters each chunk and the gradient of the one that leaves it, and then takes all chunks at once; it keeps the
+decays of forward. Nothing is added atomically: heads that share an entry write a part each, and parts are summed in
+fp32 afterwards, so results are the same bits every time.
 """
 
 from collections.abc import Iterator, Sequence
