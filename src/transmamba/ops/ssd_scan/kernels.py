@@ -599,8 +599,8 @@ def sweep_kernel(
     weight 2^(S_i - S_j) dt_j; in reverse, row j reads rows i >= j with that weight.
     TRANSPOSED: `entering` and `end` hold the state's transpose. ENTERING: start from `entering`, one state per segment,
     or per row with BY_ROW; in reverse only the first of the heads that share it takes it. SKIP: y += D v.
-    SUMS: y's product with `other`, row by row, over this block's columns, (2, blocks, heads, places): of what comes
-    from within the chunk, with nothing rounded, and of what comes from h. In reverse, per unit of dt.
+    SUMS: y's product with `other`, row by row, over this block's columns, (blocks, heads, places), with what comes from
+    within the chunk not rounded. In reverse per unit of dt, and apart, (2, ...): from within the chunk, and from h.
     DIAGONAL: the sum of q_i . k_i over the segment, (segments, heads).
     STORE_STATES: write the state that enters each chunk, (chunks, heads, N, P). FLOWS: read those, and write their
     product with the state at the chunk's other end, (blocks, chunks, heads).
@@ -658,16 +658,19 @@ def sweep_kernel(
         chunk = chunks - 1 - i if REVERSE else i
         token = tl.cast(chunk, tl.int64) * L
         inside = within < count - chunk * L
-        if FLOWS:
-            at = tl.cast(chunk, tl.int64) * heads
-            entered = tl.load(states + at * plane_size + plane, mask=stored, other=0.0)
-            tl.store(flows + at, tl.sum(entered.to(tl.float32) * h))
+        # Every load before the first product, behind whose barriers it would wait by itself.
         q_c = load_rows(q + token * q_t, q_tile, inside, n, size_n, WHOLE_N, DOT)
         k_c = load_rows(k + token * k_t, k_tile, inside, n, size_n, WHOLE_N, DOT)
         v_c = load_rows(v + token * v_t, v_tile, inside, p, size_p, WHOLE_P, DOT)
         S_c = tl.load(decays + token + within)
         step = tl.load(steps + token + within)
         S_end = tl.load(decays + token + L - 1)
+        if SUMS:
+            other_c = load_rows(other + token * other_t, other_tile, inside, p, size_p, WHOLE_P, DOT)
+        if FLOWS:
+            at = tl.cast(chunk, tl.int64) * heads
+            entered = tl.load(states + at * plane_size + plane, mask=stored, other=0.0)
+            tl.store(flows + at, tl.sum(entered.to(tl.float32) * h))
         scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
         if DIAGONAL:
             diagonal += tl.sum(tl.where(within[:, None] == within[None, :], scores, 0.0), axis=1)
@@ -680,16 +683,21 @@ def sweep_kernel(
             weight = tl.exp2(S_c)
             written = (v_c.to(tl.float32) * (step * tl.exp2(S_end - S_c))[:, None]).to(DOT)
         if SUMS:
-            other_c = load_rows(other + token * other_t, other_tile, inside, p, size_p, WHOLE_P, DOT)
             pairs = tl.dot(other_c, tl.trans(v_c), input_precision=PRECISION) * scores
-            tl.store(sums + token + within, tl.sum(pairs, axis=1))
+            products = tl.sum(pairs, axis=1)
+            if REVERSE:
+                tl.store(sums + token + within, products)
         h_dot = h.to(DOT)
         if STORE_STATES:
             place = states + tl.cast(chunk, tl.int64) * heads * plane_size + plane
             tl.store(place, h.to(states.dtype.element_ty), mask=stored)
         y_c = tl.dot(q_c, h_dot, input_precision=PRECISION) * weight[:, None]
         if SUMS:
-            tl.store(from_state + token + within, tl.sum(y_c * other_c.to(tl.float32), axis=1))
+            outer_products = tl.sum(y_c * other_c.to(tl.float32), axis=1)
+            if REVERSE:
+                tl.store(from_state + token + within, outer_products)
+            else:
+                tl.store(sums + token + within, products + outer_products)
         y_c = tl.dot(scores.to(DOT), v_c, acc=y_c, input_precision=PRECISION)
         if REVERSE:
             y_c *= step[:, None]
@@ -728,8 +736,8 @@ def step_gradient_kernel(
 ):
     """Gradients of dt, (batch, tokens, heads), and of A, (chunks, heads), for BLOCK_H heads of one chunk.
 
-    reads, writes (2, blocks, heads, places): q_i . dq_i, and k_j . dk_j per unit of dt_j, from within the chunk and
-    from states. flows (blocks, chunks, heads): <h, dh>, of the state that enters and the gradient of what leaves.
+    reads (blocks, heads, places): q_i . dq_i. writes (2, blocks, heads, places): k_j . dk_j per unit of dt_j, from
+    within the chunk and from dh. flows (blocks, chunks, heads): <h, dh>, what enters and the gradient of what leaves.
     """
     batch, start, count, first_chunk, _, _, _ = segment_of(segments, tl.program_id(0))
     chunk = tl.program_id(1)
@@ -741,15 +749,13 @@ def step_gradient_kernel(
     inside = (chunk * L + within < count)[:, None] & some[None, :]
     place = first_chunk + chunk
     vector = head.to(tl.int64)[None, :] * places + (place * L + within)[:, None]
-    gained = tl.zeros((L, BLOCK_H), tl.float32)  # by token i, of all tokens
-    carried = tl.zeros((L, BLOCK_H), tl.float32)  # by token i, of the state that enters
+    gained = tl.zeros((L, BLOCK_H), tl.float32)  # by token i, of all tokens and of the state that enters
     read = tl.zeros((L, BLOCK_H), tl.float32)  # by all tokens, of token j; per unit of dt_j
     kept = tl.zeros((L, BLOCK_H), tl.float32)  # by the chunk's end, of token j; per unit of dt_j
     flow = tl.zeros((BLOCK_H,), tl.float32)
     whole = tl.cast(heads, tl.int64) * places
     for b in range(0, BLOCKS):
         gained += tl.load(reads + b * whole + vector, mask=inside, other=0.0)
-        carried += tl.load(reads + (BLOCKS + b) * whole + vector, mask=inside, other=0.0)
         read += tl.load(writes + b * whole + vector, mask=inside, other=0.0)
         kept += tl.load(writes + (BLOCKS + b) * whole + vector, mask=inside, other=0.0)
         flow += tl.load(flows + (b * (places // L) + place) * heads + head, mask=some, other=0.0)
@@ -760,7 +766,7 @@ def step_gradient_kernel(
     step = tl.load(vectors + (place * L + within)[:, None], mask=inside, other=0.0)
     rate = tl.load(A + dt_head * A_h, mask=some, other=0.0).to(tl.float32)
     # The four parts of what passes over token t, as in gradient_kernel.
-    over = tl.cumsum(gained - read * step + carried, axis=0, reverse=True)
+    over = tl.cumsum(gained - read * step, axis=0, reverse=True)
     over += tl.cumsum(kept * step, axis=0) - kept * step + (flow * tl.exp2(S_end))[None, :]
     out = ddt + batch * ddt_b + (start + chunk * L + within)[:, None] * heads + head[None, :]
     tl.store(out, (read + kept + rate[None, :] * over).to(ddt.dtype.element_ty), mask=inside)

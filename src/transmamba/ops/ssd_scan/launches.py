@@ -2,9 +2,9 @@
 
 Forward reads q, k and v once and writes y once: a program carries the state of one head over a segment of the sequence.
 Where rows are cut into segments, to fill the card, a pass over keys and values comes first, which learns the state that
-each segment starts from. Backward is three sweeps of the same kind, for q, v and k, or (Tuning.sweeps = None) stores the
-state that enters each chunk and the gradient of the one that leaves it, and then takes all chunks at once; it keeps the
-decays of forward. Nothing is added atomically: heads that share an entry write a part each, and parts are summed in
+each segment starts from. Backward is three sweeps of the same kind, for q, v and k, or (Tuning.sweeps = None) stores
+the state that enters each chunk and the gradient of the one that leaves it, and then takes all chunks at once; it keeps
+the decays of forward. Nothing is added atomically: heads that share an entry write a part each, and parts are summed in
 fp32 afterwards, so results are the same bits every time.
 """
 
@@ -474,8 +474,8 @@ def _swept_gradients(
     device = k.device
     dq, dk, dv, ddt = parts = [_part(job, room) for room in rooms]
     blocks = job.sweeping(how, transposed=True)["BLOCKS_P"]
-    reads = torch.empty(2, blocks, job.heads, job.places, dtype=torch.float32, device=device)
-    writes = torch.empty_like(reads)
+    reads = torch.empty(blocks, job.heads, job.places, dtype=torch.float32, device=device)
+    writes = torch.empty(2, *reads.shape, dtype=torch.float32, device=device)
     states = torch.empty(job.num_chunks, job.heads, job.p, job.n, dtype=job.operand, device=device)
     flows = torch.empty(blocks, job.num_chunks, job.heads, dtype=torch.float32, device=device)
     diagonals = None if D is None else torch.empty(len(job.segments), job.heads, dtype=torch.float32, device=device)
