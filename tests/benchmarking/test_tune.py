@@ -59,23 +59,30 @@ def test_a_rule_that_is_wrong_ends_the_search() -> None:
 
 def test_only_gradients_are_tried_in_narrow_tiles() -> None:
     wide = OpShape.parse("1x128x2x128")
-    blocks = {(kernel, value.block) for kernel, _, value in candidates(wide, ["forward", "states", "gradients"])}
-    assert blocks == {(kernel, block) for kernel in ("forward", "states", "gradients") for block in (64, 128)} | {
-        ("gradients", 32)
+    blocks = {
+        (kernel, value.block)
+        for kernel, _, value in candidates(wide, ["forward", "states", "gradients", "sweeps"])
+        if value
     }
+    assert blocks == {
+        (kernel, block) for kernel in ("forward", "states", "gradients", "sweeps") for block in (64, 128)
+    } | {("gradients", 32)}
 
 
 def test_every_candidate_is_a_configuration_of_its_kernel() -> None:
-    for kernel, _, value in candidates(SHAPE, ["forward", "states", "gradients", "programs"]):
+    for kernel, _, value in candidates(SHAPE, ["forward", "states", "sweeps", "gradients", "programs"]):
         with launches().configured(**{kernel: value}):
             pass
-        assert isinstance(value, int if kernel == "programs" else launches().Launch)
+        assert isinstance(value, int if kernel == "programs" else launches().Launch) or (kernel, value) == (
+            "sweeps",
+            None,
+        )
 
 
 def test_what_cannot_be_tuned_is_said() -> None:
     with pytest.raises(InputError, match=r"nothing to tune on cpu: it runs plain PyTorch\. Give a CUDA device"):
         tune_ops(torch.device("cpu"))
-    with pytest.raises(InputError, match="kernels backward: choose of forward, states, gradients and programs"):
+    with pytest.raises(InputError, match="kernels backward: choose of forward, states, sweeps, gradients and programs"):
         tune_ops(torch.device("cpu"), TuneOptions(kernels="backward"))
 
 

@@ -34,6 +34,7 @@ from transmamba.ops import (
     token_cosines,
 )
 from transmamba.ops.logit_distillation import logit_gradient
+from transmamba.ops.ssd_scan.launches import configured
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -104,7 +105,9 @@ def scans(size: int, head_dim: int, dtype: torch.dtype) -> None:
         draw(2, 90, 2, head_dim, dtype=dtype),
     )
     dt, A, D = draw(2, 90, 2, dtype=fp32), draw(2, dtype=fp32), draw(4, dtype=fp32)
-    backward(*ssd_scan(q, k, v, dt, A, D, return_final_state=True, validate=False))
+    for changes in ({}, {"sweeps": None}, {"forward_sweeps": True}):
+        with configured(**changes):
+            backward(*ssd_scan(q, k, v, dt, A, D, return_final_state=True, validate=False))
     backward(memory_converter(k, v, dt, A, validate=False))
 
 

@@ -31,7 +31,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[None]:
 
     def changed(*sizes: Any) -> Any:
         tuning = tuning_of(*sizes)
-        names = ("states", "forward", "gradients") if block else ()
+        names = ("states", "forward", "gradients", "sweeps") if block else ()
         return replace(tuning, **{name: replace(getattr(tuning, name), block=block) for name in names})
 
     with monkeypatch.context() as patch:

@@ -153,6 +153,47 @@ def test_the_bounds_would_show_a_wrong_recurrence(fault: str) -> None:
     assert worst_error(gradients(wrong, inputs), gradients(oracle_scan, inputs)) > FAULT_FACTOR * loosest
 
 
+@pytest.mark.parametrize("changes", [{"sweeps": None}, {"forward_sweeps": True}], ids=["stored states", "sweeps"])
+@pytest.mark.parametrize("programs", [1, 10**6], ids=["whole rows", "cut rows"])
+@pytest.mark.parametrize("borders", [None, UNEVEN], ids=["dense", "uneven"])
+def test_the_other_way_is_as_good(borders: list[int] | None, programs: int, changes: dict[str, Any]) -> None:
+    shape = {"batch": 1, "seq_len": borders[-1], "rows": len(borders) - 1} if borders else {"seq_len": 5 * CHUNK + 1}
+    with launches().configured(programs=programs, **changes):
+        check_scan(ssd_inputs((4, 1, 2, 2), **shape, dtype=torch.float32), borders)
+
+
+@pytest.mark.parametrize("part", ["decays", "states", "flows", "sums", "gradients of states"])
+def test_a_sweep_that_went_wrong_would_be_seen(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Each is off by a hundredth in what one launch hands to the next."""
+    module = launches()
+    inputs = ssd_inputs((2, 1, 1, 2), batch=1, seq_len=6 * CHUNK + 5, dtype=torch.float32)
+    decays, sweep, recur = module._decays, module._sweep, module._recur
+
+    def wrong_decays(*args: Any) -> Tensor:
+        total, step = decays(*args)
+        return torch.stack([1.01 * total, step])
+
+    def wrong_sweep(*args: Any, **options: Any) -> None:
+        sweep(*args, **options)
+        if options.get(part) is not None:
+            options[part].mul_(1.01)
+
+    def wrong_recur(*args: Any, reverse: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+        entering, ends = recur(*args, reverse=reverse, **options)
+        return entering * (1.01 if reverse else 1), ends
+
+    if part == "decays":
+        monkeypatch.setattr(module, "_decays", wrong_decays)
+    elif part == "gradients of states":
+        monkeypatch.setattr(module, "_recur", wrong_recur)
+    else:
+        monkeypatch.setattr(module, "_sweep", wrong_sweep)
+    with module.configured(programs=10**6):
+        found = gradients(scan, inputs)
+    exact = gradients(oracle_scan, in_double(inputs))
+    assert worst_error(found, exact) > FAULT_FACTOR * 4 * fp32_bound(inputs, chunk=32)
+
+
 @pytest.mark.parametrize("part", ["decays", "states that enter", "gradients of states"])
 def test_a_kernel_that_went_wrong_would_be_seen(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Each is off by a hundredth in what one launch hands to the next."""
@@ -172,8 +213,10 @@ def test_a_kernel_that_went_wrong_would_be_seen(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(module, "_decays", wrong_decays)
     else:
         monkeypatch.setattr(module, "_carry", wrong_carry)
+    with module.configured(sweeps=None):
+        found = gradients(scan, inputs)
     exact = gradients(oracle_scan, in_double(inputs))
-    assert worst_error(gradients(scan, inputs), exact) > FAULT_FACTOR * 4 * fp32_bound(inputs, chunk=32)
+    assert worst_error(found, exact) > FAULT_FACTOR * 4 * fp32_bound(inputs, chunk=32)
 
 
 def test_views_of_one_projection_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,32 @@ def test_a_wrong_gradient_of_states_would_be_seen(monkeypatch, size: int) -> Non
     inputs = ssd_inputs((2, 2, 2, 2), dtype=torch.bfloat16, seq_len=300, state_size=size, head_dim=size)
     exact = gradients(oracle_scan, in_double(inputs))
     monkeypatch.setattr(module, "_carry", wrong)
-    errors = [relative_rms_error(a, b) for a, b in zip(gradients(scan, inputs), exact, strict=True)]
+    with module.configured(sweeps=None):
+        found = gradients(scan, inputs)
+    errors = [relative_rms_error(a, b) for a, b in zip(found, exact, strict=True)]
     assert max(errors[:3]) > FAULT_FACTOR * scan_bound(inputs, torch.bfloat16, 5)
+
+
+@pytest.mark.parametrize(("part", "places"), [("states", 1), ("sums", 8)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_sweep_with_a_wrong_product_would_be_seen(monkeypatch, size: int, part: str, places: int) -> None:
+    """Columns of states, or the tokens that a sum is for, some places further. States outlast a chunk."""
+    module = launches()
+    sweep = module._sweep
+
+    def wrong(*args, **options):
+        sweep(*args, **options)
+        handed = options.get(part)
+        if handed is not None and options.get("flows") is None:
+            handed.copy_(handed.roll(places, -1))
+
+    inputs = ssd_inputs((2, 2, 2, 2), dtype=torch.bfloat16, seq_len=300, state_size=size, head_dim=size)
+    inputs["dt"] = 0.05 * inputs["dt"]
+    exact = gradients(oracle_scan, in_double(inputs))
+    monkeypatch.setattr(module, "_sweep", wrong)
+    found = gradients(scan, inputs)
+    steps = gradient_names(inputs).index("dt")
+    assert relative_rms_error(found[steps], exact[steps]) > FAULT_FACTOR * scan_bound(inputs, torch.bfloat16, 5)
 
 
 def test_more_elements_than_32_bits_count() -> None:

@@ -34,7 +34,7 @@ class TuneOptions:
     """
 
     shapes: str = "32x2048x16x128,32x2048x32x64"
-    kernels: str = "forward,states,gradients,programs"
+    kernels: str = "forward,states,sweeps,programs"
     seconds: float = 0.1
     keep: bool = True
 
@@ -92,9 +92,10 @@ def tune_ops(
     options = TuneOptions() if options is None else options
     shapes = [OpShape.parse(text) for text in options.shapes.split(",") if text]
     kernels = [name for name in options.kernels.split(",") if name]
-    unknown = set(kernels) - {"forward", "states", "gradients", "programs"}
+    unknown = set(kernels) - {"forward", "states", "sweeps", "gradients", "programs"}
     if unknown:
-        raise InputError(f"kernels {', '.join(sorted(unknown))}: choose of forward, states, gradients and programs.")
+        known = "forward, states, sweeps, gradients and programs"
+        raise InputError(f"kernels {', '.join(sorted(unknown))}: choose of {known}.")
     if resolve_backend("ssd_scan", None, torch.empty(0, 64, device=device, dtype=compute_dtype(device))) != "triton":
         raise InputError(f"there is nothing to tune on {device.type}: it runs plain PyTorch. Give a CUDA device.")
     result = TuneResult(provenance=provenance(device, command), options=options)
@@ -155,6 +156,8 @@ def candidates(shape: OpShape, kernels: list[str]) -> Iterator[tuple[str, str, A
         if kernel == "programs":
             yield from ((kernel, f"{count} programs", count) for count in (128, 512, 1024))
             continue
+        if kernel == "sweeps":
+            yield kernel, "none: from stored states", None
         for block in blocks:
             for warps in (4, 8):
                 for registers in (None, 128 if warps == 8 else 168):
@@ -201,7 +204,7 @@ def _measured(
 
 
 def _as_json(value: Any) -> Any:
-    return value if isinstance(value, int) else asdict(value)
+    return value if value is None or isinstance(value, int) else asdict(value)
 
 
 def _show(trial: Trial, show: Callable[[str], None]) -> None:

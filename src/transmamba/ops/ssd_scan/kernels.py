@@ -38,6 +38,15 @@ def load_tile(base, rows, stride, columns, inside, size, WHOLE: tl.constexpr, DO
 
 
 @triton.jit
+def load_rows(base, tile, inside, columns, size, WHOLE: tl.constexpr, DOT: tl.constexpr):
+    """A tile whose first entry is at `base`; zeros outside."""
+    mask = inside[:, None]
+    if not WHOLE:
+        mask = mask & (columns[None, :] < size)
+    return tl.load(base + tile, mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
 def load_plane(base, n, p, size_n, size_p, WHOLE_N: tl.constexpr, WHOLE_P: tl.constexpr):
     """A tile of a state; zeros outside."""
     place = base + n.to(tl.int64)[:, None] * size_p + p[None, :]
@@ -520,3 +529,245 @@ def gradient_kernel(
     rate = tl.load(A + (head // dt_group) * A_h).to(tl.float32)
     tl.store(ddt + within.to(tl.int64) * heads, read + kept + rate * over, mask=inside)
     tl.store(dA + place * heads + head, tl.sum(over * step))
+
+
+@triton.jit
+def sweep_kernel(
+    q,
+    k,
+    v,
+    other,
+    decays,
+    D,
+    entering,
+    y,
+    end,
+    sums,
+    states,
+    flows,
+    diagonals,
+    segments,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    other_b,
+    other_t,
+    other_h,
+    y_b,
+    y_t,
+    y_h,
+    D_h,
+    heads,
+    q_group,
+    k_group,
+    v_group,
+    other_group,
+    dt_group,
+    entering_group,
+    end_group,
+    size_n,
+    size_p,
+    places,
+    REVERSE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ENTERING: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    SKIP: tl.constexpr,
+    SUMS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    STORE_STATES: tl.constexpr,
+    FLOWS: tl.constexpr,
+    STORE_END: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCKS_P: tl.constexpr,
+    WHOLE_N: tl.constexpr,
+    WHOLE_P: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One pass over a segment with a state h, which q reads and which k and v write: y, or a gradient in its place.
+
+    y: q, k, v. dq: dy, v, k. dv: k, q, dy in reverse. dk: v, dy, q in reverse. Forward, row i reads row j <= i with
+    weight 2^(S_i - S_j) dt_j; in reverse, row j reads rows i >= j with that weight.
+    TRANSPOSED: `entering` and `end` hold the state's transpose. ENTERING: start from `entering`, one state per segment,
+    or per row with BY_ROW; in reverse only the first of the heads that share it takes it. SKIP: y += D v.
+    SUMS: y's product with `other`, row by row, over this block's columns, (blocks, heads, places), with what comes from
+    within the chunk not rounded. In reverse per unit of dt, and apart, (2, ...): from within the chunk, and from h.
+    DIAGONAL: the sum of q_i . k_i over the segment, (segments, heads).
+    STORE_STATES: write the state that enters each chunk, (chunks, heads, N, P). FLOWS: read those, and write their
+    product with the state at the chunk's other end, (blocks, chunks, heads).
+    STORE_END: write the state at the row's end (in reverse, its beginning), one for every end_group heads.
+    """
+    index = tl.program_id(0)
+    block = index % BLOCKS_P
+    head = (index // BLOCKS_P) % heads
+    segment = index // (BLOCKS_P * heads)
+    batch, start, count, first_chunk, row, is_first, is_last = segment_of(segments, segment)
+    n = tl.arange(0, BLOCK_N)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    within = tl.arange(0, L)
+    plane = n[:, None] * size_p + p[None, :]
+    outer_plane = n[:, None] + p[None, :] * size_n if TRANSPOSED else plane
+    stored = (n < size_n)[:, None] & (p < size_p)[None, :]
+    plane_size = tl.cast(size_n, tl.int64) * size_p
+    h = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    if ENTERING:
+        origin = row if BY_ROW else segment.to(tl.int64)
+        origin = origin * (heads // entering_group) + head // entering_group
+        h = tl.load(entering + origin * plane_size + outer_plane, mask=stored, other=0.0).to(tl.float32)
+        if REVERSE:
+            h = tl.where(head % entering_group == 0, h, 0.0)
+    q += batch * q_b + start * q_t + (head // q_group).to(tl.int64) * q_h
+    k += batch * k_b + start * k_t + (head // k_group).to(tl.int64) * k_h
+    v += batch * v_b + start * v_t + (head // v_group).to(tl.int64) * v_h
+    y += batch * y_b + start * y_t + head.to(tl.int64) * y_h
+    # Offsets within a tile fit 32 bits, and stay the same: a chunk moves scalars alone.
+    q_tile = within[:, None] * q_t + n[None, :]
+    k_tile = within[:, None] * k_t + n[None, :]
+    v_tile = within[:, None] * v_t + p[None, :]
+    y_tile = within[:, None] * y_t + p[None, :]
+    if SUMS:
+        other += batch * other_b + start * other_t + (head // other_group).to(tl.int64) * other_h
+        other_tile = within[:, None] * other_t + p[None, :]
+        sums += (block * heads + head).to(tl.int64) * places + first_chunk * L
+        from_state = sums + tl.cast(BLOCKS_P * heads, tl.int64) * places
+    decays += (head // dt_group).to(tl.int64) * places + first_chunk * L
+    steps = decays + tl.cast(heads // dt_group, tl.int64) * places
+    if STORE_STATES or FLOWS:
+        states += (first_chunk * heads + head) * plane_size
+    if FLOWS:
+        flows += (tl.cast(block, tl.int64) * (places // L) + first_chunk) * heads + head
+    skip = 0.0
+    if SKIP:
+        skip = tl.load(D + head * D_h).to(tl.float32)
+    if REVERSE:
+        reads = within[:, None] <= within[None, :]
+    else:
+        reads = within[:, None] >= within[None, :]
+    diagonal = tl.zeros((L,), tl.float32)
+    chunks = tl.cdiv(count, L)
+    for i in range(0, chunks):
+        chunk = chunks - 1 - i if REVERSE else i
+        token = tl.cast(chunk, tl.int64) * L
+        inside = within < count - chunk * L
+        # Every load before the first product, behind whose barriers it would wait by itself.
+        q_c = load_rows(q + token * q_t, q_tile, inside, n, size_n, WHOLE_N, DOT)
+        k_c = load_rows(k + token * k_t, k_tile, inside, n, size_n, WHOLE_N, DOT)
+        v_c = load_rows(v + token * v_t, v_tile, inside, p, size_p, WHOLE_P, DOT)
+        S_c = tl.load(decays + token + within)
+        step = tl.load(steps + token + within)
+        S_end = tl.load(decays + token + L - 1)
+        if SUMS:
+            other_c = load_rows(other + token * other_t, other_tile, inside, p, size_p, WHOLE_P, DOT)
+        if FLOWS:
+            at = tl.cast(chunk, tl.int64) * heads
+            entered = tl.load(states + at * plane_size + plane, mask=stored, other=0.0)
+            tl.store(flows + at, tl.sum(entered.to(tl.float32) * h))
+        scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+        if DIAGONAL:
+            diagonal += tl.sum(tl.where(within[:, None] == within[None, :], scores, 0.0), axis=1)
+        if REVERSE:
+            scores *= tl.exp2(tl.where(reads, S_c[None, :] - S_c[:, None], float("-inf")))
+            weight = tl.exp2(S_end - S_c)
+            written = (v_c.to(tl.float32) * tl.exp2(S_c)[:, None]).to(DOT)
+        else:
+            scores *= tl.exp2(tl.where(reads, S_c[:, None] - S_c[None, :], float("-inf"))) * step[None, :]
+            weight = tl.exp2(S_c)
+            written = (v_c.to(tl.float32) * (step * tl.exp2(S_end - S_c))[:, None]).to(DOT)
+        if SUMS:
+            pairs = tl.dot(other_c, tl.trans(v_c), input_precision=PRECISION) * scores
+            products = tl.sum(pairs, axis=1)
+            if REVERSE:
+                tl.store(sums + token + within, products)
+        h_dot = h.to(DOT)
+        if STORE_STATES:
+            place = states + tl.cast(chunk, tl.int64) * heads * plane_size + plane
+            tl.store(place, h.to(states.dtype.element_ty), mask=stored)
+        y_c = tl.dot(q_c, h_dot, input_precision=PRECISION) * weight[:, None]
+        if SUMS:
+            outer_products = tl.sum(y_c * other_c.to(tl.float32), axis=1)
+            if REVERSE:
+                tl.store(from_state + token + within, outer_products)
+            else:
+                tl.store(sums + token + within, products + outer_products)
+        y_c = tl.dot(scores.to(DOT), v_c, acc=y_c, input_precision=PRECISION)
+        if REVERSE:
+            y_c *= step[:, None]
+        if SKIP:
+            y_c += skip * v_c.to(tl.float32)
+        mask = inside[:, None] if WHOLE_P else inside[:, None] & (p < size_p)[None, :]
+        tl.store(y + token * y_t + y_tile, y_c.to(y.dtype.element_ty), mask=mask)
+        h = tl.dot(tl.trans(k_c), written, acc=h * tl.exp2(S_end), input_precision=PRECISION)
+    if DIAGONAL:
+        tl.store(diagonals + segment.to(tl.int64) * heads + head, tl.sum(diagonal), mask=block == 0)
+    if STORE_END:
+        at_end = is_first if REVERSE else is_last
+        if at_end * (head % end_group == 0) != 0:
+            origin = row * (heads // end_group) + head // end_group
+            tl.store(end + origin * plane_size + outer_plane, h, mask=stored)
+
+
+@triton.jit
+def step_gradient_kernel(
+    reads,
+    writes,
+    flows,
+    decays,
+    A,
+    ddt,
+    dA,
+    segments,
+    ddt_b,
+    A_h,
+    heads,
+    dt_group,
+    places,
+    L: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Gradients of dt, (batch, tokens, heads), and of A, (chunks, heads), for BLOCK_H heads of one chunk.
+
+    reads (blocks, heads, places): q_i . dq_i. writes (2, blocks, heads, places): k_j . dk_j per unit of dt_j, from
+    within the chunk and from dh. flows (blocks, chunks, heads): <h, dh>, what enters and the gradient of what leaves.
+    """
+    batch, start, count, first_chunk, _, _, _ = segment_of(segments, tl.program_id(0))
+    chunk = tl.program_id(1)
+    if chunk * L >= count:
+        return
+    head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    some = head < heads
+    within = tl.arange(0, L)
+    inside = (chunk * L + within < count)[:, None] & some[None, :]
+    place = first_chunk + chunk
+    vector = head.to(tl.int64)[None, :] * places + (place * L + within)[:, None]
+    gained = tl.zeros((L, BLOCK_H), tl.float32)  # by token i, of all tokens and of the state that enters
+    read = tl.zeros((L, BLOCK_H), tl.float32)  # by all tokens, of token j; per unit of dt_j
+    kept = tl.zeros((L, BLOCK_H), tl.float32)  # by the chunk's end, of token j; per unit of dt_j
+    flow = tl.zeros((BLOCK_H,), tl.float32)
+    whole = tl.cast(heads, tl.int64) * places
+    for b in range(0, BLOCKS):
+        gained += tl.load(reads + b * whole + vector, mask=inside, other=0.0)
+        read += tl.load(writes + b * whole + vector, mask=inside, other=0.0)
+        kept += tl.load(writes + (BLOCKS + b) * whole + vector, mask=inside, other=0.0)
+        flow += tl.load(flows + (b * (places // L) + place) * heads + head, mask=some, other=0.0)
+    dt_head = (head // dt_group).to(tl.int64)
+    vectors = decays + dt_head[None, :] * places
+    S_end = tl.load(decays + dt_head * places + place * L + L - 1, mask=some, other=0.0)
+    vectors += tl.cast(heads // dt_group, tl.int64) * places
+    step = tl.load(vectors + (place * L + within)[:, None], mask=inside, other=0.0)
+    rate = tl.load(A + dt_head * A_h, mask=some, other=0.0).to(tl.float32)
+    # The four parts of what passes over token t, as in gradient_kernel.
+    over = tl.cumsum(gained - read * step, axis=0, reverse=True)
+    over += tl.cumsum(kept * step, axis=0) - kept * step + (flow * tl.exp2(S_end))[None, :]
+    out = ddt + batch * ddt_b + (start + chunk * L + within)[:, None] * heads + head[None, :]
+    tl.store(out, (read + kept + rate[None, :] * over).to(ddt.dtype.element_ty), mask=inside)
+    tl.store(dA + place * heads + head, tl.sum(over * step, axis=0), mask=some)

@@ -2,9 +2,10 @@
 
 Forward reads q, k and v once and writes y once: a program carries the state of one head over a segment of the sequence.
 Where rows are cut into segments, to fill the card, a pass over keys and values comes first, which learns the state that
-each segment starts from. Backward stores the state that enters each chunk and the gradient of the one that leaves it,
-and then takes all chunks at once; it keeps the decays of forward. Nothing is added atomically: heads that share an
-entry write a part each, and parts are summed in fp32 afterwards, so results are the same bits every time.
+each segment starts from. Backward is three sweeps of the same kind, for q, v and k, or (Tuning.sweeps = None) stores
+the state that enters each chunk and the gradient of the one that leaves it, and then takes all chunks at once; it keeps
+the decays of forward. Nothing is added atomically: heads that share an entry write a part each, and parts are summed in
+fp32 afterwards, so results are the same bits every time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from . import kernels
 INTERPRETED = not isinstance(kernels.scan_kernel, triton.JITFunction)  # whose products know no bf16
 BLOCK_H = 8  # heads per program of the decay kernel
 RECUR_BLOCK = 1024  # entries of a state per program of the recurrence between segments
+MOST_STRIDE = 1 << 24  # from token to token; sweep_kernel's offsets within a chunk have 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,19 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What is chosen per shape. programs: how many a launch should have before rows stay whole."""
+    """What is chosen per shape. programs: how many a launch should have before rows stay whole.
+
+    sweeps: how sweep_kernel runs for gradients; with None they come from stored states, by gradient_kernel.
+    forward_sweeps: whether sweep_kernel takes scan_kernel's place in forward too.
+    """
 
     chunk: int
     programs: int
     states: Launch
     forward: Launch
     gradients: Launch
+    sweeps: Launch | None = None
+    forward_sweeps: bool = False
 
 
 def tuning_of(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
@@ -66,17 +74,20 @@ def _rule(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
     n, p = _blocks(state_size, head_dim)
     if dtype != torch.bfloat16:  # operands of 32 bits
         launch = Launch(block=min(p, 32 if n > 64 else 64), warps=4, stages=1)
-        return Tuning(chunk=32, programs=256, states=launch, forward=launch, gradients=launch)
+        sweeps = Launch(block=32 if max(n, p) > 64 else 64, warps=4, stages=1)
+        return Tuning(chunk=32, programs=256, states=launch, forward=launch, gradients=launch, sweeps=sweeps)
     # Fastest of those in benchmarks/results/ssd_scan_launches_h100_2026-11-24.json.
     states = Launch(block=min(p, 128 if n <= 128 else 64), warps=4 if n <= 64 else 8, stages=2)
     forward = Launch(block=min(p, 64), warps=4 if n <= 128 else 8, stages=3 if n <= 64 else 1)
     gradients = Launch(block=64, warps=4, stages=1 if n <= 64 else 2)
-    return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients)
+    # Of the sweeps, two take heads for the other side of a state. What suits forward, not measured.
+    sweeps = Launch(block=64, warps=4 if max(n, p) <= 128 else 8, stages=3 if max(n, p) <= 64 else 1)
+    return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients, sweeps=sweeps)
 
 
 @contextmanager
 def configured(**changes: Any) -> Iterator[None]:
-    """Launch otherwise within: with another chunk, programs, states, forward or gradients. For trials and tests."""
+    """Launch otherwise within: with another field of Tuning. For trials and tests."""
     before = dict(_changes)
     _changes.update(changes)
     _job.cache_clear()
@@ -151,21 +162,26 @@ class Job:
     @cached_property
     def carrying(self) -> dict[str, Any]:
         """Compile-time arguments of state_kernel."""
-        return self._constants(_blocks(self.n, self.p)[0], self.tuning.states)
+        return self._constants(self.n, self.p, _blocks(self.n, self.p)[0], self.tuning.states)
 
     @cached_property
     def scanning(self) -> dict[str, Any]:
         """Compile-time arguments of scan_kernel."""
-        return self._constants(_blocks(self.n, self.p)[0], self.tuning.forward)
+        return self._constants(self.n, self.p, _blocks(self.n, self.p)[0], self.tuning.forward)
 
     @cached_property
     def differentiating(self) -> dict[str, Any]:
         """Compile-time arguments of gradient_kernel, which goes through blocks of both sizes of a state."""
         block_n = min(self.tuning.gradients.block, _blocks(self.n, self.p)[0])
-        return self._constants(block_n, self.tuning.gradients) | {"BLOCKS_N": -(-self.n // block_n)}
+        return self._constants(self.n, self.p, block_n, self.tuning.gradients) | {"BLOCKS_N": -(-self.n // block_n)}
 
-    def _constants(self, block_n: int, launch: Launch) -> dict[str, Any]:
-        block_p = min(launch.block, _blocks(self.n, self.p)[1])
+    def sweeping(self, launch: Launch, *, transposed: bool) -> dict[str, Any]:
+        """Compile-time arguments of sweep_kernel, for a state or its transpose."""
+        n, p = (self.p, self.n) if transposed else (self.n, self.p)
+        return self._constants(n, p, _blocks(n, p)[0], launch)
+
+    def _constants(self, n: int, p: int, block_n: int, launch: Launch) -> dict[str, Any]:
+        block_p = min(launch.block, _blocks(n, p)[1])
         # tf32 holds all bits of fp16 and has the range of fp32; three products of it are as good as fp32.
         precision = {torch.bfloat16: "ieee", torch.float16: "tf32"}.get(self.dtype, "tf32x3")
         # The interpreter knows no registers.
@@ -174,9 +190,9 @@ class Job:
             "L": self.tuning.chunk,
             "BLOCK_N": block_n,
             "BLOCK_P": block_p,
-            "BLOCKS_P": -(-self.p // block_p),
-            "WHOLE_N": self.n % block_n == 0,
-            "WHOLE_P": self.p % block_p == 0,
+            "BLOCKS_P": -(-p // block_p),
+            "WHOLE_N": n % block_n == 0,
+            "WHOLE_P": p % block_p == 0,
             "DOT": tl.bfloat16 if self.operand == torch.bfloat16 and not INTERPRETED else tl.float32,
             "PRECISION": precision,
             "num_warps": launch.warps,
@@ -228,6 +244,16 @@ def run_scan(
     decays = _decays(job, dt, A)
     whole = job.segments.whole_rows
     entering = initial_state if whole else _entering(job, k, v, decays, initial_state)
+    kept = _empty(k.device) if whole or entering is None else entering
+    if job.tuning.forward_sweeps:
+        ends: dict[str, Any] = {
+            "entering": entering,
+            "entering_group": job.groups[-1],
+            "end": state,
+            "end_group": job.groups[-1],
+        }
+        _sweep(job, job.tuning.forward, q, k, v, decays, out, D=D, **ends)
+        return Scanned(y, state, kept, decays)
     launch(
         kernels.scan_kernel,
         (len(job.segments) * job.heads * job.scanning["BLOCKS_P"], 1, 1),
@@ -244,7 +270,7 @@ def run_scan(
         ),
         {"ENTERING": entering is not None, "BY_ROW": whole, "SKIP": D is not None, **job.scanning},
     )
-    return Scanned(y, state, _empty(k.device) if whole or entering is None else entering, decays)
+    return Scanned(y, state, kept, decays)
 
 
 def shapes_of_scan(
@@ -294,14 +320,17 @@ def run_scan_backward(
         return *rooms, torch.zeros_like(A), _empty(k.device) if D is None else torch.zeros_like(D), dinitial
     q, k, v, dy = _readable(q), _readable(k), _readable(v), _readable(dy)
     whole, group = job.segments.whole_rows, job.groups[-1]
-    states, _, _ = _carry(job, k, v, decays, initial_state if whole else entering, job.state_heads, chunks=True)
-    leaving = dfinal
+    before, leaving = initial_state if whole else entering, dfinal
     if not whole:
         _, left, log_decay = _carry(job, q, dy, decays, None, job.heads, reverse=True)
         leaving, _ = _recur(job, left, log_decay, dfinal, job.heads, group, reverse=True)
     ends = None if initial_state is None else _new_dstates(job, dfinal, k.device)
-    dstates, _, _ = _carry(job, q, dy, decays, leaving, job.heads, group, reverse=True, chunks=True, end=ends)
-    dA, dD = _gradients(job, (q, dy), k, v, A, D, decays, states, dstates, rooms)
+    if job.tuning.sweeps is not None:
+        dA, dD = _swept_gradients(job, job.tuning.sweeps, q, k, v, dy, A, D, decays, before, leaving, ends, rooms)
+    else:
+        states, _, _ = _carry(job, k, v, decays, before, job.state_heads, chunks=True)
+        dstates, _, _ = _carry(job, q, dy, decays, leaving, job.heads, group, reverse=True, chunks=True, end=ends)
+        dA, dD = _gradients(job, (q, dy), k, v, A, D, decays, states, dstates, rooms)
     if initial_state is None or ends is None:
         return *rooms, dA, dD, _empty(k.device)
     if job.state_heads != job.heads:
@@ -419,8 +448,120 @@ def _gradients(
     for part, room in zip(parts, rooms, strict=True):
         _sum_parts(part, room)
     sums = rates.sum(1)
-    dA = sums[0] if job.dt_heads == job.heads else sums[0].unflatten(0, (job.dt_heads, -1)).sum(1)
-    return dA.to(A.dtype), _empty(device) if D is None else sums[1].to(D.dtype)
+    return _sum_rates(job, sums[0]).to(A.dtype), _empty(device) if D is None else sums[1].to(D.dtype)
+
+
+def _swept_gradients(
+    job: Job,
+    how: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    decays: Tensor,
+    before: Tensor | None,
+    leaving: Tensor | None,
+    ends: Tensor | None,
+    rooms: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The same in three sweeps and one kernel for the steps: see sweep_kernel for who takes which part.
+
+    before, leaving: states and their gradients that rows or segments start from, forward and in reverse. ends: where to
+    write the gradients of initial states.
+    """
+    device = k.device
+    dq, dk, dv, ddt = parts = [_part(job, room) for room in rooms]
+    blocks = job.sweeping(how, transposed=True)["BLOCKS_P"]
+    reads = torch.empty(blocks, job.heads, job.places, dtype=torch.float32, device=device)
+    writes = torch.empty(2, *reads.shape, dtype=torch.float32, device=device)
+    states = torch.empty(job.num_chunks, job.heads, job.p, job.n, dtype=job.operand, device=device)
+    flows = torch.empty(blocks, job.num_chunks, job.heads, dtype=torch.float32, device=device)
+    diagonals = None if D is None else torch.empty(len(job.segments), job.heads, dtype=torch.float32, device=device)
+    group = job.groups[-1]
+    forward: dict[str, Any] = {"entering": before, "entering_group": group, "transposed": True}
+    _sweep(job, how, dy, v, k, decays, dq, other=q, sums=reads, states=states, diagonals=diagonals, **forward)
+    group = group if job.segments.whole_rows else 1
+    reverse: dict[str, Any] = {"entering": leaving, "entering_group": group, "reverse": True}
+    _sweep(job, how, k, q, dy, decays, dv, D=D, end=ends, **reverse)
+    _sweep(job, how, v, dy, q, decays, dk, other=k, sums=writes, states=states, flows=flows, transposed=True, **reverse)
+    rates = torch.empty(job.num_chunks, job.heads, dtype=torch.float32, device=device)
+    launch(
+        kernels.step_gradient_kernel,
+        (len(job.segments), job.segments.longest, -(-job.heads // BLOCK_H)),
+        (reads, writes, flows, decays, A, ddt, rates, job.on(device)[0]),
+        (ddt.stride(0), A.stride(0), job.heads, job.groups[3], job.places),
+        {"L": job.tuning.chunk, "BLOCK_H": BLOCK_H, "BLOCKS": blocks, "num_warps": 4},
+    )
+    for part, room in zip(parts, rooms, strict=True):
+        _sum_parts(part, room)
+    dA = _sum_rates(job, rates.sum(0)).to(A.dtype)
+    return dA, _empty(device) if D is None or diagonals is None else diagonals.sum(0).to(D.dtype)
+
+
+def _sweep(
+    job: Job,
+    how: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    y: Tensor,
+    *,
+    D: Tensor | None = None,
+    other: Tensor | None = None,
+    sums: Tensor | None = None,
+    states: Tensor | None = None,
+    flows: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    entering: Tensor | None = None,
+    entering_group: int = 1,
+    end: Tensor | None = None,
+    end_group: int = 1,
+    reverse: bool = False,
+    transposed: bool = False,
+) -> None:
+    """Run sweep_kernel with q, k, v and y in these parts; what is not given is left out. states: read with flows."""
+    constants = job.sweeping(how, transposed=transposed)
+    of_heads = [job.heads // x.shape[2] for x in (q, k, v, v if other is None else other)]
+    n, p = (job.p, job.n) if transposed else (job.n, job.p)
+    rest = v if other is None else other
+    launch(
+        kernels.sweep_kernel,
+        (len(job.segments) * job.heads * constants["BLOCKS_P"], 1, 1),
+        (
+            *(q, k, v, rest, decays),
+            v if D is None else D,
+            decays if entering is None else entering.contiguous(),
+            y,
+            *(decays if x is None else x for x in (end, sums, states, flows, diagonals)),
+            job.on(q.device)[0],
+        ),
+        (
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rest.stride()[:3], *y.stride()[:3]),
+            0 if D is None else D.stride(0),
+            *(job.heads, *of_heads, job.groups[3], entering_group, end_group, n, p, job.places),
+        ),
+        {
+            "REVERSE": reverse,
+            "TRANSPOSED": transposed,
+            "ENTERING": entering is not None,
+            "BY_ROW": job.segments.whole_rows,
+            "SKIP": D is not None,
+            "SUMS": sums is not None,
+            "DIAGONAL": diagonals is not None,
+            "STORE_STATES": states is not None and flows is None,
+            "FLOWS": flows is not None,
+            "STORE_END": end is not None,
+            **constants,
+        },
+    )
+
+
+def _sum_rates(job: Job, dA: Tensor) -> Tensor:
+    """Sum A's gradients over heads that share an entry."""
+    return dA if job.dt_heads == job.heads else dA.unflatten(0, (job.dt_heads, -1)).sum(1)
 
 
 def _rooms(*inputs: Tensor) -> list[Tensor]:
@@ -621,6 +762,7 @@ def _readable(x: Tensor) -> Tensor:
     *outer, last = x.stride()
     step = 16 // x.element_size()
     aligned = last == 1 and x.data_ptr() % 16 == 0 and not any(stride % step for stride in outer)
+    aligned = aligned and x.stride(1) < MOST_STRIDE
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
