@@ -12,6 +12,7 @@ from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
 OPS = (
     "attention_step",
+    "bidirectional_scan",
     "causal_conv1d",
     "conv_ssd_step",
     "gated_rms_norm",
@@ -33,7 +34,8 @@ KERNELS = (
     "ssd_scan",
     "ssd_step",
 )
-UNPROVEN = ("causal_conv1d", "gated_rms_norm", "selective_scan", "step_linear")  # kernels that no card has passed yet
+# Kernels that no card has passed yet.
+UNPROVEN = ("bidirectional_scan", "causal_conv1d", "gated_rms_norm", "selective_scan", "step_linear")
 
 
 class OnCuda:

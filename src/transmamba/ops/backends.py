@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "attention_step": ("reference", "torch", "triton"),
+    "bidirectional_scan": ("reference", "torch", "triton"),
     "causal_conv1d": ("reference", "torch", "triton"),
     "conv_ssd_step": ("reference", "torch", "triton"),
     "gated_rms_norm": ("reference", "torch", "triton"),
@@ -36,7 +37,13 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN: tuple[str, ...] = ("causal_conv1d", "gated_rms_norm", "selective_scan", "step_linear")
+_UNPROVEN: tuple[str, ...] = (
+    "bidirectional_scan",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "selective_scan",
+    "step_linear",
+)
 _preferred: dict[str, str] = {}
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
