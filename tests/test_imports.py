@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "transmamba"
 
 # A room may import the rooms of earlier lines, and itself; rooms of one line do not know each other.
 ORDER = [
-    {"_version", "errors", "progress"},
+    {"_version", "errors", "memory", "progress"},
     {"compatibility", "schedule", "weights"},
     {"ops"},
     {"modules"},

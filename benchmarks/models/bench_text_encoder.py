@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from transmamba.inference import resolve_device
+from transmamba.memory import keep_freed_memory
 from transmamba.models import BiMamba2Config, BiMamba2Model
 from transmamba.recipes.run_folder import provenance
 
@@ -95,9 +96,11 @@ def main() -> None:
     parser.add_argument("--batches", default="1")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep-memory", action="store_true", help="both models keep memory they free, as commands do")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = resolve_device(args.device)
+    keeps_memory = args.keep_memory and keep_freed_memory()
     lengths = [int(one) for one in args.lengths.split(",")]
     both = {name: model.to(device) for name, model in models(max(lengths)).items()}
     difference = check(both["bimamba2"], device)
@@ -108,7 +111,7 @@ def main() -> None:
     for batch in map(int, args.batches.split(",")):
         for length in lengths:
             ids = torch.randint(1000, 30000, (batch, length), device=device)
-            row = {"batch": batch, "length": length}
+            row = {"batch": batch, "length": length, "keeps_freed_memory": keeps_memory}
             for name, model in both.items():
 
                 def run(model: nn.Module = model, ids: Tensor = ids) -> Tensor:

@@ -17,6 +17,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .conversion import convert
     from .errors import TransMambaError
+    from .memory import keep_freed_memory
     from .models import TransMambaConfig, TransMambaForCausalLM, TransMambaModel
     from .modules import TransMambaCache
     from .schedule import TransPointSchedule
@@ -29,6 +30,7 @@ _HOMES = {
     "TransMambaModel": "models",
     "TransPointSchedule": "schedule",
     "convert": "conversion",
+    "keep_freed_memory": "memory",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "TransPointSchedule",
     "__version__",
     "convert",
+    "keep_freed_memory",
 ]
 
 

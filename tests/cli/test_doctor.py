@@ -71,6 +71,12 @@ def test_a_healthy_machine_is_code_0(capsys: pytest.CaptureFixture[str]) -> None
         assert word in out
 
 
+@pytest.mark.parametrize(("kept", "words"), [(True, "TRANSMAMBA_KEEP_MEMORY=0"), (False, "is given back to the")])
+def test_it_says_what_becomes_of_freed_memory(monkeypatch: pytest.MonkeyPatch, kept: bool, words: str) -> None:
+    monkeypatch.setattr(room, "is_kept", lambda: kept)
+    assert any(words in text for _, text in room._device_rows())
+
+
 @needs_installation
 def test_packages_are_those_of_pyproject() -> None:
     packages = installed_packages()

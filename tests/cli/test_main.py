@@ -268,3 +268,32 @@ def test_the_installed_script_runs() -> None:
     done = subprocess.run([script, "doctr"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Error: No such command 'doctr'.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [(["--device", "cpu"], 1), (["--device", "cpu:0"], 1), (["--device", "cuda"], 0), (["--device", "auto"], 2)],
+)
+def test_verbs_on_a_cpu_keep_the_memory_they_free(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], kept: int
+) -> None:
+    import torch
+
+    calls: list[int] = []
+    seen: list[str] = []
+
+    def doctor(device: str = "auto") -> None:
+        seen.append(device)
+
+    monkeypatch.setattr(command_line, "load_verb", lambda name: doctor)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: calls.append(1))
+    assert main(["doctor", *arguments]) == 0
+    assert seen == arguments[1:]
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert len(calls) == (kept if kept < 2 else int(not has_gpu))
+
+
+def test_a_verb_without_a_device_does_not_ask_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "load_verb", lambda name: lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: pytest.fail("asked"))
+    assert main(["schedule"]) == 0

@@ -9,7 +9,9 @@ from torch.nn.functional import pad, silu, softplus
 
 from tests.helpers import relative_rms_error
 from transmamba.modules import BidirectionalMamba2Mixer
-from transmamba.modules.bidirectional_mamba2 import turn, turned_rows
+from transmamba.modules import bidirectional_mamba2 as room
+from transmamba.ops import bidirectional_scan as op_room
+from transmamba.ops.turning import turn, turned_rows
 
 HEADS, SIZE = 3, 4
 
@@ -127,3 +129,66 @@ def test_every_parameter_has_the_right_gradient(direction_weights: str) -> None:
     assert torch.equal(hidden.grad[1, 2], torch.zeros(10, dtype=torch.float64))  # type: ignore[index]
     assert all(bool(value.grad.abs().sum() > 0) for value in m.parameters() if value.grad is not None)
     assert all(value.grad is not None for value in m.parameters())
+
+
+@pytest.fixture
+def by_one_op(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let mixers take the op, in the form that there is on a CPU; one number for every call of it."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return op_room(*args, **kwargs)
+
+    monkeypatch.setattr(room, "runs_as_kernels", lambda *arguments: True)
+    monkeypatch.setattr(room, "bidirectional_scan", counted)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [None, [5, 0, 3]], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixer_norm": False, "conv_activation": False},
+        {"conv_kernel": 0, "mixer_norm": False},
+        {"mean_term": False, "use_gate": False},
+        {"use_gate": False, "mixer_norm": False},
+    ],
+    ids=["everything", "no norm", "no convolution", "no mean term, no gate", "neither gate nor norm"],
+)
+def test_one_op_is_the_modules(by_one_op: list[int], changes: dict[str, Any], lengths: list[int] | None) -> None:
+    m = mixer(direction_weights="shared", **changes)
+    hidden = torch.randn(3, 5, 10, dtype=torch.float64)
+    counts = None if lengths is None else torch.tensor(lengths)
+    turned = None if counts is None else turned_rows(counts, 5)
+    wanted, features = m(hidden, turned, counts)
+    assert features is not None
+    assert not by_one_op
+    found, nothing = m(hidden, turned, counts, directions=False)
+    assert nothing is None
+    assert len(by_one_op) == 1
+    for row, length in enumerate(lengths or [5, 5, 5]):
+        assert relative_rms_error(found[row, :length], wanted[row, :length]) < 1e-13
+    if m.z_proj is not None:
+        m.z_proj.weight.mul_(1.1)  # in place: a joint weight that was kept would not notice
+        assert relative_rms_error(m(hidden, turned, counts, directions=False)[0], found) > 1e-3
+
+
+def test_modules_that_are_more_than_weights_are_called(by_one_op: list[int]) -> None:
+    m = mixer(direction_weights="shared")
+    hidden = torch.randn(1, 4, 10, dtype=torch.float64)
+    m(hidden, directions=False)
+    assert not by_one_op  # gradients are to come
+    with torch.no_grad():
+        m(hidden, directions=False)
+        assert len(by_one_op) == 1
+        seen: list[int] = []
+        for part in (m.k_proj, m.dt_proj_b, m.conv1d):
+            handle = part.register_forward_hook(lambda *_: seen.append(1))
+            m(hidden, directions=False)
+            handle.remove()
+        assert len(seen) == 4  # the convolution is called for each direction
+        mixer(direction_weights="separate")(hidden, directions=False)
+        assert len(by_one_op) == 1

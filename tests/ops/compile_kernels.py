@@ -21,6 +21,7 @@ from transmamba.ops import (
     attention_step,
     backends,
     begin_scans,
+    bidirectional_scan,
     causal_conv1d,
     conv_ssd_step,
     gated_rms_norm,
@@ -153,6 +154,17 @@ def decoding(rows: int) -> None:
     step_linear(given[0], [draw(width, width)], residual=given[1], eps=1e-6)
 
 
+@torch.no_grad()
+def encoding(head_dim: int, dtype: torch.dtype) -> None:
+    heads, width = 12, 12 * head_dim
+    wide = draw(1, 150, 4 * width + 48, dtype=dtype)
+    q, k, v, gate, dt, m, _ = wide.split([*[width] * 4, 2 * heads, heads, 48 - 3 * heads], dim=-1)
+    vectors = {name: (draw(heads), draw(heads)) for name in ("dt_bias", "A_log", "D")}
+    given = {"weight": draw(3 * width, 4, dtype=dtype), "bias": draw(3 * width, dtype=dtype), "activation": "silu"}
+    bidirectional_scan(q, k, v, dt, m=m, gate=gate, **vectors, **given)
+    bidirectional_scan(q, k, v, dt, m=m, gate=gate, **vectors, lengths=torch.tensor([70]))
+
+
 def main() -> None:
     JITFunction.run = compile_only
     backends._obstacle = lambda *arguments: ""
@@ -166,6 +178,8 @@ def main() -> None:
     small_ops()
     for rows in (1, 8):
         decoding(rows)
+    encoding(32, torch.bfloat16)
+    encoding(64, torch.float32)
     try:
         changes_its_type[(1,)](draw(16), COUNT=5)
     except CompilationError:

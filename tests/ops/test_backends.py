@@ -12,6 +12,7 @@ from transmamba.ops.backends import TRITON_MAX_SIZE, resolve_backend
 
 OPS = (
     "attention_step",
+    "bidirectional_scan",
     "causal_conv1d",
     "conv_ssd_step",
     "gated_rms_norm",
@@ -38,6 +39,7 @@ KERNELS = (
 )
 # Kernels that no card has passed yet.
 UNPROVEN = (
+    "bidirectional_scan",
     "causal_conv1d",
     "gated_rms_norm",
     "merge_scans",

@@ -19,8 +19,10 @@ from torch import Tensor
 from transmamba._version import __version__
 from transmamba.errors import TransMambaError
 from transmamba.inference import resolve_device
+from transmamba.memory import SWITCH, is_kept
 from transmamba.ops import (
     attention_step,
+    bidirectional_scan,
     causal_conv1d,
     conv_ssd_step,
     explain,
@@ -175,6 +177,21 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     "attention_step": lambda s, backend: attention_step(
         s.q[:, 0], s.k, s.v, torch.tensor([len(s.angles), 70], device=s.angles.device), backend=backend
     ),
+    "bidirectional_scan": lambda s, backend: bidirectional_scan(
+        s.v.flatten(2),
+        s.k[..., :8].flatten(2),
+        s.q[:, :, :2, :8].flatten(2),
+        s.dt,
+        dt_bias=(s.D[:2], s.D[2:]),
+        A_log=(s.A[:2], s.A[2:]),
+        D=(s.D[2:], s.D[:2]),
+        m=s.dt[..., :2],
+        gate=s.v.flatten(2),
+        weight=s.weight.repeat(3, 1),
+        bias=s.weight.flatten()[:48],
+        lengths=torch.tensor([len(s.angles), 70], device=s.angles.device),
+        backend=backend,
+    ),
     "causal_conv1d": lambda s, backend: causal_conv1d(
         s.v.flatten(2), s.weight, s.weight[:, 0], activation="silu", return_final_state=True, backend=backend
     ),
@@ -323,6 +340,12 @@ def _optional_rows(packages: list[Package]) -> Iterable[tuple[str, ...]]:
 def _device_rows() -> Iterable[tuple[str, str]]:
     threads = f"{os.cpu_count()} logical cores, torch threads: {torch.get_num_threads()}"
     yield "cpu", f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads}{_cpu_memory()}"
+    yield (
+        "",
+        f"freed memory is kept by commands that compute here; {SWITCH}=0: given back"
+        if is_kept()
+        else ("freed memory is given back to the system"),
+    )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         memory = f"{card.total_memory / 2**30:.0f} GiB memory"

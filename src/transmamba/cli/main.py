@@ -10,12 +10,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from transmamba._version import __version__
 from transmamba.cli._errors import INTERRUPTED, MENDABLE, USAGE, report_interrupt, report_mistake, report_usage
+from transmamba.memory import keep_freed_memory
 
 VERBS = {
     "quickstart": "Train a small Transformer on what ships with Python, convert and distil it, write a report.",
@@ -57,7 +59,7 @@ def build_app(verb: str | None) -> typer.Typer:
     )
     app.callback()(_global_options)
     for name, summary in VERBS.items():
-        app.command(name, short_help=summary)(load_verb(name) if name == verb else _listed_only)
+        app.command(name, short_help=summary)(_keeping_memory(load_verb(name)) if name == verb else _listed_only)
     return app
 
 
@@ -65,6 +67,26 @@ def load_verb(name: str) -> Callable[..., None]:
     """Return the function of a verb, importing its file."""
     function: Callable[..., None] = getattr(importlib.import_module(f"transmamba.cli.{name}"), name)
     return function
+
+
+def _keeping_memory(function: Callable[..., None]) -> Callable[..., None]:
+    """The same verb, which keeps the memory it frees where it computes on a CPU."""
+
+    @wraps(function)
+    def run(**options: Any) -> None:
+        if _is_cpu(options.get("device")):
+            keep_freed_memory()
+        function(**options)
+
+    return run
+
+
+def _is_cpu(device: str | None) -> bool:
+    if device != "auto":
+        return device is not None and device.startswith("cpu")
+    from transmamba.inference import resolve_device  # torch, which every verb with a device needs
+
+    return resolve_device().type == "cpu"
 
 
 def _print_version(wanted: bool) -> None:

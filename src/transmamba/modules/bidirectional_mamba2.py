@@ -5,21 +5,27 @@ scale of 1 / sqrt(p). The mean term is one more channel of the state, 1 in q and
 q_t k_j / sqrt(p) for token t: softmax's weights to first order. Both directions run as the two halves of the heads of
 one scan; the gate and the norm act on their sum. Rows end in padding if they are shorter than the batch: each row is
 turned around within its own tokens, so padding comes last in both directions and no token reads it. Parameters of the
-backward direction end in _b. Letters: b batch, l tokens, h heads, p head_dim, the state size without the mean term.
+backward direction end in _b. Without gradients, where there are kernels for it, the projections are one product and all
+between them and o_proj is one op. Letters: b batch, l tokens, h heads, p head_dim, the state size without the mean
+term.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu, softplus
+from torch.nn.functional import linear, pad, silu, softplus
 
 from transmamba.modules.conv import CausalConv1d
 from transmamba.modules.plain import gated_norm, is_plain
-from transmamba.ops import causal_conv1d, ssd_scan
+from transmamba.ops import bidirectional_scan, causal_conv1d, ssd_scan
+from transmamba.ops.bidirectional_scan import runs_as_kernels
+from transmamba.ops.turning import turn
 
 DIRECTION_WEIGHTS = ("shared", "separate")
 BACKWARD = "_b"
+# A row of the joint projection begins at multiples of so many numbers, which GPUs load in one piece.
+ALIGNED = 16
 
 
 class BidirectionalMamba2Mixer(nn.Module):
@@ -64,10 +70,15 @@ class BidirectionalMamba2Mixer(nn.Module):
         self.norm = nn.RMSNorm(width, eps=norm_eps) if mixer_norm else None
         self.o_proj = nn.Linear(width, hidden_size)
 
-    def forward(self, hidden: Tensor, turned: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, hidden: Tensor, turned: Tensor | None = None, lengths: Tensor | None = None, *, directions: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """turned (batch, seq_len): for each row, where the scan from its last token backward is at every step; None =
-        no row has padding. Outputs of directions are (batch, seq_len, heads * head_dim).
+        no row has padding. lengths (batch,): how many tokens each row has, of which `turned` was made. Outputs of
+        directions are (batch, seq_len, heads * head_dim); None without `directions`, which saves making them.
         """
+        if not directions and (turned is None) == (lengths is None) and self._is_one_op(hidden):
+            return self.o_proj(self._at_once(hidden, lengths)), None
         forward, backward = self._inputs(hidden, turned)
         q, k, v, dt = (torch.cat(pair, dim=2) for pair in zip(forward, backward, strict=True))
         # fp32: in bf16 A would move by up to 0.8 % (A_log of 1 to 16).
@@ -75,6 +86,65 @@ class BidirectionalMamba2Mixer(nn.Module):
         y = ssd_scan(q, k, v, dt, A, self._both("D"), validate=False)
         y_f, y_b = (half.flatten(2) for half in y.chunk(2, dim=2))
         return self.o_proj(self._finish(y_f + turn(y_b, turned), hidden)), (y_f, y_b)
+
+    def _is_one_op(self, hidden: Tensor) -> bool:
+        """Whether the op computes what the modules would, and is the faster form here."""
+        if torch.is_grad_enabled() or self.is_separate:
+            return False
+        conv = self._convolution()
+        if not runs_as_kernels(hidden, self.head_dim, 1 if conv is None else conv.kernel_size[0]):
+            return False
+        if conv is not None and not is_plain(conv, CausalConv1d):
+            return False
+        return all(module is None or is_plain(module, nn.Linear) for module in self._joined())
+
+    def _convolution(self) -> CausalConv1d | None:
+        """That of the forward direction."""
+        found: CausalConv1d | None = getattr(self, "conv1d", None)
+        return found
+
+    def _joined(self) -> list[nn.Linear | None]:
+        """Everything that reads the input, in the order of the joint projection; steps begin at an aligned column."""
+        names = ("q_proj", "k_proj", "v_proj", "z_proj", "dt_proj", "dt_proj" + BACKWARD, "mean_proj")
+        return [getattr(self, name, None) for name in names]
+
+    def _at_once(self, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+        """What o_proj reads, by one product and one op."""
+        modules = [module for module in self._joined() if module is not None]
+        weights = [module.weight for module in modules]
+        sizes = [weight.shape[0] for weight in weights]
+        rest = -sum(sizes) % ALIGNED
+        weight = torch.cat([*weights, weights[0][:rest]])  # the last columns are not read
+        zeros = weight.new_zeros(max(*sizes, rest))
+        biases = [zeros[:size] if m.bias is None else m.bias for m, size in zip(modules, sizes, strict=True)]
+        width, heads = sizes[0], self.get_parameter("D").shape[0]
+        joint = linear(hidden, weight, torch.cat([*biases, zeros[:rest]]))
+        gates, means = width if self.z_proj is not None else 0, heads if self.mean_term else 0
+        q, k, v, gate, dt, m, _ = joint.split([width, width, width, gates, 2 * heads, means, rest], dim=-1)
+        conv = self._convolution()
+        y = bidirectional_scan(
+            q,
+            k,
+            v,
+            dt,
+            dt_bias=self._pair("dt_bias"),
+            A_log=self._pair("A_log"),
+            D=self._pair("D"),
+            m=m if means else None,
+            gate=gate if gates and self.norm is None else None,
+            weight=None if conv is None else conv.weight.squeeze(1),
+            bias=None if conv is None else conv.bias,
+            activation="silu" if self.conv_activation else None,
+            lengths=lengths,
+            validate=False,
+        )
+        if self.norm is None:
+            return y
+        return self.norm(y.to(self.norm.weight.dtype)) if not gates else gated_norm(y, gate, self.norm)
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A parameter of the forward direction, and of the backward one."""
+        return self.get_parameter(name), self.get_parameter(name + BACKWARD)
 
     def _inputs(self, hidden: Tensor, turned: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """q, k, v (b, l, h, p or p + 1) and dt (b, l, h) of both directions, each in its order."""
@@ -89,7 +159,7 @@ class BidirectionalMamba2Mixer(nn.Module):
 
     def _both(self, name: str) -> Tensor:
         """A parameter of the forward heads, then of the backward ones."""
-        return torch.cat([self.get_parameter(name), self.get_parameter(name + BACKWARD)])
+        return torch.cat(self._pair(name))
 
     def _steps(self, hidden: Tensor, ending: str) -> Tensor:
         """dt before its bias and softplus, (b, l, h)."""
@@ -131,17 +201,3 @@ class BidirectionalMamba2Mixer(nn.Module):
         if self.z_proj is not None:
             return gated_norm(y, self.z_proj(hidden), self.norm)
         return y if self.norm is None else self.norm(y.to(self.norm.weight.dtype))
-
-
-def turn(x: Tensor, turned: Tensor | None) -> Tensor:
-    """The tokens of every row, (batch, seq_len, ...), from its last to its first; padding stays behind them."""
-    if turned is None:
-        return x.flip(1)
-    index = turned.view(*turned.shape, *(1,) * (x.dim() - 2))
-    return x.gather(1, index.expand(*turned.shape, *x.shape[2:]))
-
-
-def turned_rows(lengths: Tensor, seq_len: int) -> Tensor:
-    """For rows of these lengths, (batch,), the index that `turn` takes, (batch, seq_len): its own inverse."""
-    places = torch.arange(seq_len, device=lengths.device)
-    return torch.where(places < lengths[:, None], lengths[:, None] - 1 - places, places)

@@ -2,6 +2,7 @@
 
 from .attention_step import attention_step
 from .backends import BackendChoice, explain
+from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .checks import check_values
 from .conv_ssd_step import conv_ssd_step
@@ -25,6 +26,7 @@ __all__ = [
     "apply_rotary",
     "attention_step",
     "begin_scans",
+    "bidirectional_scan",
     "causal_conv1d",
     "check_values",
     "conv_ssd_step",

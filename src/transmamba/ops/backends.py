@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "attention_step": ("reference", "torch", "triton"),
+    "bidirectional_scan": ("reference", "torch", "triton"),
     "causal_conv1d": ("reference", "torch", "triton"),
     "conv_ssd_step": ("reference", "torch", "triton"),
     "gated_rms_norm": ("reference", "torch", "triton"),
@@ -40,6 +41,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
 _UNPROVEN: tuple[str, ...] = (
+    "bidirectional_scan",
     "causal_conv1d",
     "gated_rms_norm",
     "merge_scans",

@@ -18,9 +18,9 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from transmamba.errors import InputError
 from transmamba.models.initial_values import InitialValue, apply_initial_value, find_initial_value
 from transmamba.modules import BidirectionalMamba2Mixer, DirectionOutput
-from transmamba.modules.bidirectional_mamba2 import turned_rows
 from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
 from transmamba.ops.checks import check_finite, values_are_checked
+from transmamba.ops.turning import turned_rows
 
 from .configuration import BiMamba2Config
 
@@ -124,7 +124,7 @@ class BiMamba2Model(BiMamba2PreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, directions = [hidden], []
         for layer in self.layers:
-            hidden, features = layer(hidden, layout.turned)
+            hidden, features = layer(hidden, layout.turned, layout.lengths, output_directions)
             if wanted:
                 states.append(hidden)
             if output_directions:
@@ -142,7 +142,7 @@ class BiMamba2Model(BiMamba2PreTrainedModel):
         """The mean of each row's first `lengths` (batch,) tokens, of length 1 where the configuration says so."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)  # a mean of thousands of tokens
         if lengths is None:
-            mean = hidden.to(dtype).mean(dim=1)
+            mean = hidden.mean(dim=1, dtype=dtype)
         else:
             inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
             total = torch.where(inside[..., None], hidden.to(dtype), 0.0).sum(dim=1)
@@ -198,10 +198,12 @@ class BiMamba2Layer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: Tensor, turned: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        mixed, directions = self.mixer(hidden, turned)
+    def forward(
+        self, hidden: Tensor, turned: Tensor | None, lengths: Tensor | None = None, directions: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        mixed, features = self.mixer(hidden, turned, lengths, directions=directions)
         hidden = self.mixer_norm(hidden + mixed)
-        return self.mlp_norm(hidden + self.down_proj(self.act_fn(self.up_proj(hidden)))), directions
+        return self.mlp_norm(hidden + self.down_proj(self.act_fn(self.up_proj(hidden)))), features
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def memory_converter_triton(
 
 def pad_columns(x: Tensor) -> Tensor:
     """Zeros behind the last dimension, up to a size whose rows are aligned; they add nothing to any product."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % SIZE_STEP))
+    missing = -x.shape[-1] % SIZE_STEP
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x  # a pad of nothing is a copy
 
 
 def pad_state(x: Tensor) -> Tensor:
