@@ -49,15 +49,12 @@ def prefetch_share(address, size):
 
 
 @triton.jit
-def prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4, AHEAD: tl.constexpr):
-    """The same of AHEAD tensors, which the next product of the chain will read."""
-    if AHEAD > 0:
-        prefetch_share(a0, s0)
-    if AHEAD > 1:
-        prefetch_share(a1, s1)
-    if AHEAD > 2:
-        prefetch_share(a2, s2)
-    if AHEAD > 3:
-        prefetch_share(a3, s3)
-    if AHEAD > 4:
-        prefetch_share(a4, s4)
+def prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4):
+    """The same of what the next product of the chain will read. Sizes may be 0, and are no constants, since what comes
+    next is not known in the first step and nothing can be compiled while the second is recorded.
+    """
+    prefetch_share(a0, s0)
+    prefetch_share(a1, s1)
+    prefetch_share(a2, s2)
+    prefetch_share(a3, s3)
+    prefetch_share(a4, s4)

@@ -2,7 +2,7 @@
 
 For one row there are no matrices to multiply: many small programs, each of which has all its loads under way at once.
 CHAINED: weights are asked for before the kernels ahead are done, see ops/chain; EARLY: see wait_for_the_chain.
-a0 to a4, s0 to s4: what the next product reads, AHEAD tensors of s bytes, see prefetch_shares.
+a0 to a4, s0 to s4: what the next product reads, and how many bytes, see prefetch_shares.
 """
 
 import triton
@@ -90,7 +90,6 @@ def linear_kernel(
     CHAINED: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """y (rows, outputs of all weights side by side). NUM: weights that are given, (n_i, size) each; GATED: w0 is the
     gate of w1. The norm's scale is applied to the sums, since it is one number a row. WIDE: exact products of fp32.
@@ -103,7 +102,7 @@ def linear_kernel(
             prefetch_rows(w, first, count, size, 0, BLOCK_N=BLOCK_N)
             if GATED:
                 prefetch_rows(w1, first, count, size, 0, BLOCK_N=BLOCK_N)
-        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4, AHEAD=AHEAD)
+        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
         wait_for_the_chain(EARLY=EARLY)
     m, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     n = first * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -251,7 +250,6 @@ def early_row_kernel(
     CHAINED: tl.constexpr,
     EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """The same for one row of 16-bit values, with the first HELD * BLOCK_K words of each weight in registers before it
     looks at x. x, norm and weights come as words of 32 bits, two values each, WORDS a row: values would be taken apart
@@ -277,7 +275,7 @@ def early_row_kernel(
             prefetch_rows(w, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
             if GATED:
                 prefetch_rows(w1, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
-        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4, AHEAD=AHEAD)
+        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
         wait_for_the_chain(EARLY=EARLY)
     for part in tl.static_range(COUNT):
         inputs += (strip(x, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
