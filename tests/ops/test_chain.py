@@ -125,6 +125,54 @@ def test_in_a_chain_the_step_is_the_same(dtype: torch.dtype) -> None:
     assert relative_rms_error(alone, exact) < 12 * {torch.float32: 2**-22, torch.float16: 2**-11}.get(dtype, 2**-8)
 
 
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("recorded", [False, True], ids=["stream", "graph"])
+def test_on_a_card_a_chain_reads_nothing_too_early(recorded: bool, rows: int) -> None:
+    """Every step reads another x, so that what is read too early is another number."""
+    count, steps, size = 12, 50, 1024
+    torch.manual_seed(0)
+    weights = [torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) / size**0.5 for _ in range(count)]
+    norm = torch.ones(size, device=DEVICE, dtype=torch.bfloat16)
+    inputs = torch.randn(steps, rows, size, device=DEVICE, dtype=torch.bfloat16)
+    x, chain = inputs[0].clone(), Chain()
+
+    def run(y: Tensor, backend: str) -> Tensor:
+        for w in weights:
+            (y,) = step_linear(y, [w.to(y.dtype)], norm_weight=norm.to(y.dtype), residual=y, backend=backend)
+        return y
+
+    def compute() -> Tensor:
+        with chained(chain):
+            return run(x, "triton")
+
+    compute(), compute()
+    replay = compute
+    if recorded:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compute()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return y
+
+    def outputs() -> Tensor:
+        found = []
+        for given in inputs:
+            x.copy_(given)
+            found.append(replay().clone())
+        return torch.stack(found)
+
+    first = outputs()
+    assert all(torch.equal(first, outputs()) for _ in range(5))
+    for given, found in zip(inputs, first, strict=True):
+        # Three roundings in each of the products, which add up as independent ones do.
+        assert relative_rms_error(found, run(given.double(), "reference")) < 2**-8 * (3 * count) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("early", "touched"),
     [
