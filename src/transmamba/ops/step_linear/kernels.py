@@ -38,8 +38,16 @@ def part_of(
 
 
 @triton.jit
+def prefetch_outputs(w, first, count, size, BLOCK_N: tl.constexpr):
+    """Ask for a program's outputs of a weight, which lie in one piece."""
+    width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    n = first * BLOCK_N
+    prefetch(w + n.to(tl.int64) * size, tl.minimum(BLOCK_N, count - n) * size * width)
+
+
+@triton.jit
 def prefetch_rows(w, first, count, size, start, BLOCK_N: tl.constexpr):
-    """Ask for a program's outputs of a weight, from input `start` on."""
+    """Ask for a program's outputs of a weight from input `start` on, a piece each."""
     width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
     for row in tl.static_range(BLOCK_N):
         n = first * BLOCK_N + row
@@ -99,9 +107,9 @@ def linear_kernel(
     )
     if CHAINED:
         if PREFETCH:
-            prefetch_rows(w, first, count, size, 0, BLOCK_N=BLOCK_N)
+            prefetch_outputs(w, first, count, size, BLOCK_N=BLOCK_N)
             if GATED:
-                prefetch_rows(w1, first, count, size, 0, BLOCK_N=BLOCK_N)
+                prefetch_outputs(w1, first, count, size, BLOCK_N=BLOCK_N)
         prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
         wait_for_the_chain(EARLY=EARLY)
     m, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
