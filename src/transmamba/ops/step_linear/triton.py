@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 HOLDS_EARLY = True  # one row of 16-bit values goes to early_row_kernel, else to row_kernel
-REGISTERS = 128  # of early_row_kernel at most; left alone, the compiler takes 165 where 24 loads are held
+MOST_HELD = 24  # loads of 16 bytes that a thread of early_row_kernel holds
+REGISTERS = 128  # of a thread that holds as many; left alone, the compiler takes 165
 ASKS_AHEAD = 32 * 2**20  # bytes of the next product's weights that a product of a chain asks for; the L2 holds 50 MB
 
 
@@ -55,13 +56,13 @@ def tuning_of(size: int, rows: int, outputs: int, *, wide: bool) -> Launch:
 
 def early_tuning_of(words: int, outputs: int, *, gated: bool) -> Launch:
     """How early_row_kernel runs. Inputs are as many as all threads load at once, 16 bytes each, so that x comes to
-    every thread as it needs it. At most 24 such loads are held, in 96 registers of REGISTERS, so that all programs of
-    each of the 1.5 B model's products fit on 132 multiprocessors together.
+    every thread as it needs it. At most MOST_HELD such loads are held, so that all programs of each of the 1.5 B
+    model's products fit on 132 multiprocessors together.
     """
     warps = 4 if words > 1024 else 2
     inputs = min(32 * 4 * warps, max(16, triton.next_power_of_2(words)))
     count = 2 if outputs <= 2048 else 4
-    held = min(-(-words // inputs), 24 // (count * (2 if gated else 1)))
+    held = min(-(-words // inputs), MOST_HELD // (count * (2 if gated else 1)))
     return Launch(outputs=count, inputs=inputs, warps=warps, held=held)
 
 
@@ -130,7 +131,8 @@ def step_linear_op(
     constants["PREFETCH"] = whole_rows and all(map(_is_aligned, weights))
     if in_words:
         constants |= {"WORDS": size // 2, "HELD": how.held}
-        if not INTERPRETED and torch.version.hip is None:
+        full = how.held * how.outputs * (2 if gated else 1) >= MOST_HELD
+        if full and not INTERPRETED and torch.version.hip is None:  # a bound makes the compiler use what it allows
             constants["maxnreg"] = REGISTERS
         kernels.early_row_kernel[(blocks,)](*tensors, eps, *numbers, **constants)
         return y
