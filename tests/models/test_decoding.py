@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import DEVICE, relative_rms_error
 from tests.models.language_models import TRANS_POINT, VARIANTS, documents, shared_model, tiny_model, tokens
@@ -345,6 +346,40 @@ def test_with_kernels_the_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, v
     assert torch.equal(recorded.sequences, grown.sequences)
     for found, exact in zip(recorded.logits, grown.logits, strict=True):
         assert relative_rms_error(found, exact) < 1e-4
+
+
+@needs_triton
+def test_a_step_of_states_is_five_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what stands around the layers; an op of torch between two of ours would keep them from overlapping."""
+    for op in ("conv_ssd_step", "step_linear"):
+        monkeypatch.setattr(import_module(f"transmamba.ops.{op}"), "resolve_backend", lambda *args, **rest: "triton")
+    model = tiny_model(torch.float32, **VARIANTS["every layer switches"]).requires_grad_(False)
+    mixers = model.model._mixers()
+    points = [mixer.trans_point for mixer in mixers]
+    static = StaticCache(
+        [mixer.config for mixer in mixers], points, rows=1, capacity=96, dtype=torch.float32, device=DEVICE, shortest=50
+    )
+    static.place([50])
+    session = DecodeSession(model.model, model.lm_head, static, run_eagerly)
+    session.step(torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    with Kernels() as kernels:
+        session._compute(session.phase())
+    layer = ["step_linear", "conv_ssd_step", "step_linear", "step_linear", "step_linear"]
+    assert kernels.names == ["embedding", *layer * len(mixers), "step_linear", "copy_", "add_"]
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the ops that launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        launches_nothing = func.is_view or func._schema.name in ("aten::empty", "aten::split", "aten::new_empty")
+        if not launches_nothing:
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **kwargs or {})
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "kernels"])

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource, CompilationError
 from triton.compiler import compile as compile_kernel
 from triton.runtime import JITFunction
 
+from tests.ops.ptx import touched_before_the_wait
 from transmamba.ops import (
     attention_step,
     backends,
@@ -25,6 +26,7 @@ from transmamba.ops import (
     causal_conv1d,
     conv_ssd_step,
     gated_rms_norm,
+    launching,
     memory_converter,
     merge_scans,
     residual_norm,
@@ -34,6 +36,8 @@ from transmamba.ops import (
     step_linear,
     token_cosines,
 )
+from transmamba.ops.chain import Chain, chained
+from transmamba.ops.chain.kernels import wait_for_the_chain
 from transmamba.ops.logit_distillation import logit_gradient
 from transmamba.ops.ssd_scan.launches import configured
 
@@ -45,10 +49,19 @@ POINTERS = {
     torch.int64: "*i64",
 }
 TARGET = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+# What a kernel may read before the kernels ahead are done: what no kernel of a chain writes.
+READ_EARLY = {
+    "conv_step_kernel": {"weight", "bias", "dt_bias", "A_log", "D", "positions"},
+    "early_row_kernel": {"w0", "w1", "w2", "w3", "w4", "norm"},
+    "linear_kernel": set(),
+    "row_kernel": set(),
+    "reads_too_early": set(),
+}
 
 compiled: set[Any] = set()
 counts: Counter[str] = Counter()
+waiting: set[str] = set()
 
 
 class Compiled:
@@ -73,8 +86,35 @@ def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named:
     if key not in compiled:
         compiled.add(key)
         counts[kernel.fn.__name__] += 1
-        compile_kernel(ASTSource(kernel, signature, constants), target=TARGET, options=options)
+        found = compile_kernel(ASTSource(kernel, signature, constants), target=TARGET, options=options)
+        if constants.get("CHAINED"):
+            assert options["launch_pdl"]
+            check_the_wait(kernel.fn.__name__, found.asm["ptx"], [x for x in signature.items() if x[1] != "constexpr"])
+        else:
+            assert "griddepcontrol" not in found.asm["ptx"]
     return Compiled()
+
+
+def check_the_wait(kernel: str, ptx: str, parameters: list[tuple[str, str]]) -> None:
+    """Nothing but what may be read early is touched before the wait, and the next kernel may begin."""
+    pointers = {at: name for at, (name, kind) in enumerate(parameters) if kind.startswith("*")}
+    touched = touched_before_the_wait(ptx, pointers)
+    if not touched <= READ_EARLY[kernel]:
+        raise EarlyError(f"{kernel} touches {sorted(touched - READ_EARLY[kernel])} before it waits.")
+    assert "griddepcontrol.launch_dependents" in ptx
+    waiting.add(kernel)
+
+
+class EarlyError(Exception):
+    """A kernel reads or writes before its wait what others may be writing or reading."""
+
+
+@triton.jit
+def reads_too_early(x, y, CHAINED: tl.constexpr):
+    """A fault that the check of the wait has to see."""
+    value = tl.load(x + tl.arange(0, 16))
+    wait_for_the_chain(EARLY=True)
+    tl.store(y + tl.arange(0, 16), value)
 
 
 @triton.jit
@@ -139,19 +179,27 @@ def small_ops() -> None:
 
 
 @torch.no_grad()
-def decoding(rows: int) -> None:
+def decoding(rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
     width, heads, size = 128, 2, 64
     at = torch.full((rows,), 3)
-    given = [draw(rows, width) for _ in range(4)]
-    state, ring, dt = draw(rows, heads, size, size, dtype=torch.float32), draw(rows, 4, 3 * width), draw(rows, heads)
+    given = [draw(rows, width, dtype=dtype) for _ in range(4)]
+    state = draw(rows, heads, size, size, dtype=torch.float32)
+    ring, dt = draw(rows, 4, 3 * width, dtype=dtype), draw(rows, heads, dtype=dtype)
     vectors = {name: draw(heads) for name in ("dt_bias", "A_log", "D")}
-    conv_ssd_step(state, ring, at, *given[:3], dt, given[3], weight=draw(3 * width, 4), bias=draw(3 * width), **vectors)
+    taps = {"weight": draw(3 * width, 4), "bias": draw(3 * width)}
+    conv_ssd_step(state, ring, at, *given[:3], dt, given[3], **taps, **vectors)
     q, k, v = (x.unflatten(1, (heads, size)) for x in given[:3])
     ssd_step(state, q, k, v, dt.float(), -vectors["A_log"].float(), vectors["D"], in_place=True, validate=False)
-    attention_step(q, draw(rows, 256, heads, size), draw(rows, 256, heads, size), at)
-    gates = [draw(300, width), draw(300, width)]
-    step_linear(given[0], gates, norm_weight=draw(width), eps=1e-6, gated=True)
-    step_linear(given[0], [draw(width, width)], residual=given[1], eps=1e-6)
+    keys, values = (draw(rows, 256, heads, size, dtype=dtype) for _ in range(2))
+    attention_step(q, keys, values, at)
+    gates = [draw(300, width, dtype=dtype), draw(300, width, dtype=dtype)]
+    out = [draw(width, width, dtype=dtype)]
+    several = [draw(count, width, dtype=dtype) for count in (width, 64, 64, 2, width)]
+    step_linear(given[0], several, norm_weight=draw(width, dtype=dtype), eps=1e-6)
+    step_linear(given[0], gates, norm_weight=draw(width, dtype=dtype), eps=1e-6, gated=True)
+    step_linear(given[0], out, residual=given[1], eps=1e-6)
+    long = draw(rows, 4 * width, dtype=dtype)
+    step_linear(long, [draw(width, 4 * width, dtype=dtype)], residual=given[1], eps=1e-6)
 
 
 @torch.no_grad()
@@ -177,14 +225,35 @@ def main() -> None:
     mamba_1(20, 4)
     small_ops()
     for rows in (1, 8):
-        decoding(rows)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            decoding(rows, dtype)
     encoding(32, torch.bfloat16)
     encoding(64, torch.float32)
+    chains()
     try:
         changes_its_type[(1,)](draw(16), COUNT=5)
     except CompilationError:
         del counts["changes_its_type"]
     sys.stdout.write(" ".join(f"{name}={count}" for name, count in sorted(counts.items())) + "\n")
+    sys.stdout.write(" ".join(sorted(waiting)) + "\n")
+
+
+def chains() -> None:
+    """As a device that can start kernels early runs them, the second time with what comes next known."""
+    launching.can_start_early = lambda device: True
+    for early in (True, False):
+        launching.EARLY = early
+        for rows in (1, 8):
+            chain = Chain()
+            for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+                if dtype == torch.bfloat16:
+                    chain.at = 0
+                with chained(chain):
+                    decoding(rows, dtype)
+    try:
+        reads_too_early[(1,)](draw(16), draw(16), CHAINED=True, launch_pdl=True)
+    except EarlyError:
+        del counts["reads_too_early"]
 
 
 def backends_users() -> Any:

@@ -48,15 +48,19 @@ def mixer_step(
             projections.append(mixer.z_proj)
     q, k, v, *rest = products(hidden, projections, norm)
     dt, z = [*rest, None, None][:2]
-    before = None if layer.trans_point is None else (place.positions < layer.trans_point)[:, None]
+    # Compared only where both modes occur: it is a kernel, which would stand between two that overlap.
+    before = None
+    if mode is LayerMode.MIXED and layer.trans_point is not None:
+        before = (place.positions < layer.trans_point)[:, None]
     if mode is LayerMode.SSM or (mode is LayerMode.MIXED and is_fusable(mixer)):
         assert dt is not None
         y = after_switch(mixer, q, k, v, dt, z, place, layer)
         if mode is LayerMode.SSM:
             return product(y, mixer.o_proj, mixer.ssm_norm if c.mode_norm else None, hidden)
         y = mixer.ssm_norm(y) if c.mode_norm and mixer.ssm_norm is not None else y
-        mixed = torch.where(before, before_switch(mixer, q, k, v, dt, place, layer), y) if before is not None else y
-        return product(mixed, mixer.o_proj, None, hidden)
+        assert before is not None
+        y = torch.where(before, before_switch(mixer, q, k, v, dt, place, layer), y)
+        return product(y, mixer.o_proj, None, hidden)
     y = before_switch(mixer, q, k, v, dt, place, layer)
     if mode is LayerMode.MIXED:
         assert dt is not None

@@ -7,14 +7,19 @@ tensors without subclass, outside of torch.compile and of dispatch modes, go aro
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from transmamba.ops.chain import current_chain
+from transmamba.ops.chain.kernels import gdc_wait, wait_for_the_chain
+
 ALIGNMENT = 16  # bytes; Triton compiles kernels for pointers that are multiples of it, and others for the rest
+EARLY = True  # kernels of a chain let the next one begin before they wait themselves
+EARLY_CAPABILITY = (9, 0)  # the first GPUs with programmatic dependent launch
 MOST_KEPT = 4096  # signatures; packed rows have other borders at every step
 
 R = TypeVar("R")
@@ -53,6 +58,23 @@ def launch(
         _seen.clear()
     names = kernel.arg_names[len(tensors) + len(numbers) :]
     _seen[key] = compiled, tuple(constants[name] for name in names)
+
+
+@lru_cache
+def can_start_early(device: torch.device) -> bool:
+    """Whether a kernel on this device can be started before the one ahead of it is done, by this version of triton."""
+    if device.type != "cuda" or torch.version.hip is not None or gdc_wait is None:
+        return False
+    if not isinstance(wait_for_the_chain, JITFunction):  # the interpreter
+        return False
+    return torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
+
+
+def chain_constants(x: Tensor) -> dict[str, Any]:
+    """The constants CHAINED and EARLY of a kernel that calls wait_for_the_chain, and how it is then launched."""
+    if current_chain() is None or not can_start_early(x.device):
+        return {"CHAINED": False, "EARLY": False}
+    return {"CHAINED": True, "EARLY": EARLY, "launch_pdl": True}
 
 
 def goes_around_registration(*tensors: Tensor | None) -> bool:

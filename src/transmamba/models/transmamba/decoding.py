@@ -26,6 +26,7 @@ from transmamba.modules import (
     mlp_step,
     products,
 )
+from transmamba.ops.chain import Chain, chained
 
 if TYPE_CHECKING:
     from .modeling import TransMambaDecoderLayer, TransMambaModel
@@ -83,6 +84,7 @@ class DecodeSession:
         self.weights = addresses(backbone, head)
         self.steps: dict[Phase, Replay] = {}
         self.seen: set[Phase] = set()
+        self.chains: dict[Phase, Chain] = {}
         device = static.positions.device
         self.tokens = torch.zeros(static.rows, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
@@ -138,6 +140,11 @@ class DecodeSession:
         self.steps.get(phase, lambda: self._compute(phase))()
 
     def _compute(self, phase: Phase) -> None:
+        """Weights do not change meanwhile, and positions are written by torch alone, which the chain asks for."""
+        with chained(self.chains.setdefault(phase, Chain())):
+            self._compute_in_a_chain(phase)
+
+    def _compute_in_a_chain(self, phase: Phase) -> None:
         hidden = backbone_step(self.backbone, self.tokens, self.static, self.layer_modes(phase), phase.places)
         (logits,) = products(hidden, [self.head], self.backbone.norm)
         if self.logits is None:

@@ -4,11 +4,21 @@ import torch
 import triton
 from torch import Tensor
 
-from transmamba.ops.launching import readable
+from transmamba.ops.launching import ALIGNMENT, chain_constants, readable
 
 from . import kernels
 
-BLOCK_P = 32  # columns of a state per program: a batch of one with 16 heads of 96 is then 48 programs
+BLOCK_P = 32  # columns of a state per program at most
+LEAST_BLOCK_P = 8  # 32 bytes, which memory gives at once
+PROGRAMS = 132  # multiprocessors of a Hopper GPU; fewer programs than these take fewer columns each
+
+
+def columns_of(states: int, p: int) -> int:
+    """Columns of a state per program, a power of two: 16 heads of 96 are 192 programs of 8."""
+    columns = min(BLOCK_P, triton.next_power_of_2(p))
+    while columns > LEAST_BLOCK_P and states * -(-p // columns) < PROGRAMS:
+        columns //= 2
+    return columns
 
 
 @torch.library.custom_op(
@@ -40,7 +50,8 @@ def conv_ssd_step_triton(
     y = q.new_empty(rows, heads * p)
     if y.numel() == 0:
         return y
-    block_p, block_n = min(BLOCK_P, triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    block_p, block_n = columns_of(rows * state_heads, p), triton.next_power_of_2(n)
+    chain = chain_constants(q)
     kernels.conv_step_kernel[(rows * state_heads, -(-p // block_p))](
         state,
         state if ring is None else ring,
@@ -75,6 +86,8 @@ def conv_ssd_step_triton(
         HAS_GATE=z is not None,
         BLOCK_N=block_n,
         BLOCK_P=block_p,
+        PREFETCH=state.data_ptr() % ALIGNMENT == 0 and n * p % 4 == 0,
+        **chain,
         num_warps=max(1, min(8, block_n * block_p // 512)),
     )
     return y

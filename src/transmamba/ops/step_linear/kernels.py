@@ -1,10 +1,14 @@
 """The Triton kernels of step_linear: a program makes some outputs of one weight, for all rows, and reads them once.
 
 For one row there are no matrices to multiply: many small programs, each of which has all its loads under way at once.
+CHAINED: weights are asked for before the kernels ahead are done, see ops/chain; EARLY: see wait_for_the_chain.
+a0 to a4, s0 to s4: what the next product reads, and how many bytes, see prefetch_shares.
 """
 
 import triton
 import triton.language as tl
+
+from transmamba.ops.chain.kernels import prefetch, prefetch_shares, wait_for_the_chain
 
 
 @triton.jit
@@ -34,6 +38,24 @@ def part_of(
 
 
 @triton.jit
+def prefetch_outputs(w, first, count, size, BLOCK_N: tl.constexpr):
+    """Ask for a program's outputs of a weight, which lie in one piece."""
+    width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    n = first * BLOCK_N
+    prefetch(w + n.to(tl.int64) * size, tl.minimum(BLOCK_N, count - n) * size * width)
+
+
+@triton.jit
+def prefetch_rows(w, first, count, size, start, BLOCK_N: tl.constexpr):
+    """Ask for a program's outputs of a weight from input `start` on, a piece each."""
+    width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    for row in tl.static_range(BLOCK_N):
+        n = first * BLOCK_N + row
+        at = w + n.to(tl.int64) * size + start
+        prefetch(at, tl.where(n < count, (size - start) * width, 0))
+
+
+@triton.jit
 def linear_kernel(
     x,
     w0,
@@ -44,6 +66,11 @@ def linear_kernel(
     norm,
     residual,
     y,
+    a0,
+    a1,
+    a2,
+    a3,
+    a4,
     rows,
     size,
     eps,
@@ -52,6 +79,11 @@ def linear_kernel(
     n2,
     n3,
     n4,
+    s0,
+    s1,
+    s2,
+    s3,
+    s4,
     x_r,
     residual_r,
     y_r,
@@ -63,6 +95,9 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
+    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """y (rows, outputs of all weights side by side). NUM: weights that are given, (n_i, size) each; GATED: w0 is the
     gate of w1. The norm's scale is applied to the sums, since it is one number a row. WIDE: exact products of fp32.
@@ -70,6 +105,13 @@ def linear_kernel(
     w, count, first, column = part_of(
         tl.program_id(0), w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, NUM=NUM, GATED=GATED, BLOCK_N=BLOCK_N
     )
+    if CHAINED:
+        if PREFETCH:
+            prefetch_outputs(w, first, count, size, BLOCK_N=BLOCK_N)
+            if GATED:
+                prefetch_outputs(w1, first, count, size, BLOCK_N=BLOCK_N)
+        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
+        wait_for_the_chain(EARLY=EARLY)
     m, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     n = first * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < rows, n < count
@@ -134,11 +176,15 @@ def row_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The same for one row, in fp32 throughout."""
     w, count, first, column = part_of(
         tl.program_id(0), w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, NUM=NUM, GATED=GATED, BLOCK_N=BLOCK_N
     )
+    if CHAINED:
+        wait_for_the_chain(EARLY=EARLY)
     n = first * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_K)
     in_n = n < count
@@ -172,3 +218,149 @@ def row_kernel(
     if HAS_RESIDUAL:
         sums += tl.load(residual + n, mask=in_n, other=0.0).to(tl.float32)
     tl.store(y + column + n, sums.to(y.dtype.element_ty), mask=in_n)
+
+
+@triton.jit
+def early_row_kernel(
+    x,
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    norm,
+    residual,
+    y,
+    a0,
+    a1,
+    a2,
+    a3,
+    a4,
+    eps,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    s0,
+    s1,
+    s2,
+    s3,
+    s4,
+    WORDS: tl.constexpr,
+    NUM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
+    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """The same for one row of 16-bit values, with the first HELD * BLOCK_K words of each weight in registers before it
+    looks at x. x, norm and weights come as words of 32 bits, two values each, WORDS a row: values would be taken apart
+    where they are loaded, which waits for them, and take twice the registers.
+    """
+    COUNT: tl.constexpr = (WORDS + BLOCK_K - 1) // BLOCK_K
+    w, count, first, column = part_of(
+        tl.program_id(0), w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, NUM=NUM, GATED=GATED, BLOCK_N=BLOCK_N
+    )
+    n = first * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < count
+    at_w = n.to(tl.int64)[:, None] * WORDS
+    tiles, ups, scales, inputs = (), (), (), ()
+    for part in tl.static_range(HELD):
+        tiles += (tile(w + at_w, in_n, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+        if GATED:
+            ups += (tile(w1 + at_w, in_n, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+    if HAS_NORM:
+        for part in tl.static_range(COUNT):
+            scales += (strip(norm, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+    if CHAINED:
+        if PREFETCH and HELD < COUNT:
+            prefetch_rows(w, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
+            if GATED:
+                prefetch_rows(w1, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
+        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
+        wait_for_the_chain(EARLY=EARLY)
+    for part in tl.static_range(COUNT):
+        inputs += (strip(x, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + n, mask=in_n, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = y.dtype.element_ty
+    total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
+    other = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
+    squares = tl.zeros((BLOCK_K // 4,), tl.float32)
+    for part in tl.static_range(COUNT):
+        if part + HELD < COUNT:
+            tiles += (tile(w + at_w, in_n, (part + HELD) * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+            if GATED:
+                ups += (tile(w1 + at_w, in_n, (part + HELD) * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
+        low, high = first_of(inputs[part], dtype), second_of(inputs[part], dtype)
+        if HAS_NORM:
+            squares += tl.sum(tl.reshape(low * low + high * high, (BLOCK_K // 4, 4)), axis=1)
+            low = (low * first_of(scales[part], dtype)).to(dtype).to(tl.float32)
+            high = (high * second_of(scales[part], dtype)).to(dtype).to(tl.float32)
+        total += sums_of_fours(tiles[part], low, high, dtype, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+        if GATED:
+            other += sums_of_fours(ups[part], low, high, dtype, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+    sums = tl.sum(total, axis=1)
+    others = tl.sum(other, axis=1)
+    if HAS_NORM:
+        root = 1.0 / tl.sqrt(tl.sum(squares) / (2 * WORDS) + eps)
+        sums *= root
+        others *= root
+    if GATED:
+        sums = sums / (1.0 + tl.exp(-sums)) * others
+    if HAS_RESIDUAL:
+        sums += added
+    tl.store(y + column + n, sums.to(dtype), mask=in_n)
+
+
+@triton.jit
+def tile(rows, in_n, start: tl.constexpr, WORDS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words `start` to start + BLOCK_K of some outputs; 0 beyond the end."""
+    k = start + tl.arange(0, BLOCK_K)
+    inside = in_n[:, None]
+    if start + BLOCK_K > WORDS:
+        inside = inside & (k < WORDS)[None, :]
+    return tl.load(rows + k[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def strip(x, start: tl.constexpr, WORDS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same of a vector."""
+    k = start + tl.arange(0, BLOCK_K)
+    if start + BLOCK_K > WORDS:
+        words = tl.load(x + k, mask=k < WORDS, other=0)
+    else:
+        words = tl.load(x + k)
+    return words
+
+
+@triton.jit
+def first_of(word, dtype: tl.constexpr):
+    """The value at the lower address of each word, in fp32."""
+    if dtype == tl.bfloat16:
+        value = (word << 16).to(tl.float32, bitcast=True)
+    else:
+        value = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def second_of(word, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        value = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        value = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def sums_of_fours(words, low, high, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Products summed over every four words, which one thread has, (BLOCK_N, BLOCK_K // 4)."""
+    products = first_of(words, dtype) * low[None, :] + second_of(words, dtype) * high[None, :]
+    return tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // 4, 4)), axis=2)
