@@ -141,6 +141,9 @@ class DecodeSession:
 
     def _compute(self, phase: Phase) -> None:
         """Weights do not change meanwhile, and positions are written by torch alone, which the chain asks for."""
+        if self.static.rows > 1:  # several rows are slower in a chain
+            self._compute_in_a_chain(phase)
+            return
         with chained(self.chains.setdefault(phase, Chain())):
             self._compute_in_a_chain(phase)
 

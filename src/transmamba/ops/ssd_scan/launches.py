@@ -49,6 +49,7 @@ class Launch:
 class Tuning:
     """What is chosen per shape. programs: how many a launch should have before rows stay whole.
 
+    cut_programs: how many there should be where rows are cut, if more.
     sweeps: how sweep_kernel runs for gradients; with None they come from stored states, by gradient_kernel.
     forward_sweeps: whether sweep_kernel takes scan_kernel's place in forward too.
     """
@@ -60,6 +61,7 @@ class Tuning:
     gradients: Launch
     sweeps: Launch | None = None
     forward_sweeps: bool = False
+    cut_programs: int = 0
 
 
 def tuning_of(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
@@ -76,13 +78,23 @@ def _rule(state_size: int, head_dim: int, dtype: torch.dtype) -> Tuning:
         launch = Launch(block=min(p, 32 if n > 64 else 64), warps=4, stages=1)
         sweeps = Launch(block=32 if max(n, p) > 64 else 64, warps=4, stages=1)
         return Tuning(chunk=32, programs=256, states=launch, forward=launch, gradients=launch, sweeps=sweeps)
-    # Fastest of those in benchmarks/results/ssd_scan_launches_h100_2026-11-24.json.
+    # Fastest of those in benchmarks/results/ssd_scan_launches_h100_2026-11-24.json and ssd_sweeps_h200_2026-11-30.json.
     states = Launch(block=min(p, 128 if n <= 128 else 64), warps=4 if n <= 64 else 8, stages=2)
-    forward = Launch(block=min(p, 64), warps=4 if n <= 128 else 8, stages=3 if n <= 64 else 1)
+    swept = n == p == 128
+    forward = Launch(block=min(p, 64), warps=4 if n <= 128 else 8, stages=3 if n <= 64 else 2 if swept else 1)
     gradients = Launch(block=64, warps=4, stages=1 if n <= 64 else 2)
-    # Of the sweeps, two take heads for the other side of a state. What suits forward, not measured.
+    # Of the sweeps, two take heads for the other side of a state.
     sweeps = Launch(block=64, warps=4 if max(n, p) <= 128 else 8, stages=3 if max(n, p) <= 64 else 1)
-    return Tuning(chunk=64, programs=256, states=states, forward=forward, gradients=gradients, sweeps=sweeps)
+    return Tuning(
+        chunk=64,
+        programs=256,
+        cut_programs=512 if max(n, p) <= 64 else 256,
+        states=states,
+        forward=forward,
+        gradients=gradients,
+        sweeps=sweeps,
+        forward_sweeps=swept,
+    )
 
 
 @contextmanager
@@ -800,6 +812,8 @@ def _job(
     blocks = -(-p // tuning.forward.block)
     # Fewer programs than asked for means longer segments; so it is for packed rows, however their borders lie.
     per_segment = max(4, -(-chunks * heads * blocks // tuning.programs))
+    if borders is not None or per_segment * tuning.chunk < tokens:
+        per_segment = max(4, -(-chunks * heads * blocks // max(tuning.programs, tuning.cut_programs)))
     return Job(
         batch=batch,
         tokens=tokens,

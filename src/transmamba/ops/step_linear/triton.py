@@ -22,7 +22,7 @@ T = TypeVar("T")
 HOLDS_EARLY = True  # one row of 16-bit values goes to early_row_kernel, else to row_kernel
 MOST_HELD = 24  # loads of 16 bytes that a thread of early_row_kernel holds
 REGISTERS = 128  # of a thread that holds as many; left alone, the compiler takes 165
-ASKS_AHEAD = 32 * 2**20  # bytes of the next product's weights that a product of a chain asks for; the L2 holds 50 MB
+ASKS_AHEAD = 0  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
