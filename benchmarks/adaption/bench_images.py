@@ -104,9 +104,11 @@ def main() -> None:
     waiting = [job for job in jobs if job["name"] not in finished]
     print(f"{len(waiting)} of {len(jobs)} jobs", flush=True)
     # A worker gets every so many-th job, so that the first ones are done first.
-    shares = [waiting[number :: options.parallel] for number in range(options.parallel)]
-    with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(lambda share: watch_worker(share, options), [share for share in shares if share]))
+    devices = options.devices.split(",")
+    count = options.parallel * len(devices)
+    with ThreadPoolExecutor(count) as pool:
+        for number in range(count):
+            pool.submit(watch_worker, waiting[number::count], devices[number % len(devices)], options)
 
 
 def table(seeds: int) -> Iterator[dict[str, Any]]:
@@ -248,10 +250,14 @@ def teacher_folder(options: argparse.Namespace) -> Path:
     return Path(options.teacher or Path(options.folder) / f"teacher-{options.size}")
 
 
-def watch_worker(jobs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Hand jobs to a process of their own, and write its rows as they come."""
+def watch_worker(jobs: list[dict[str, Any]], device: str, options: argparse.Namespace) -> None:
+    """Hand jobs to a process of their own, which sees one GPU if one is named, and write its rows as they come."""
     with subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *sys.argv[1:], "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
@@ -331,7 +337,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher-rate", type=float, default=1e-3)
     parser.add_argument("--teacher-batch", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=1, help="jobs at a time, on each of the devices")
+    parser.add_argument("--devices", default="", help="numbers of GPUs, such as 0,1; default: what torch takes")
     parser.add_argument("--only", nargs="*", help="words, of which a job's name must hold one")
     parser.add_argument("--jobs", help="a JSON file with jobs of your own instead of the table")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of every student's run")
