@@ -106,9 +106,9 @@ def main() -> None:
     # A worker gets every so many-th job, so that the first ones are done first.
     devices = options.devices.split(",")
     count = options.parallel * len(devices)
+    work = [(waiting[number::count], devices[number % len(devices)]) for number in range(min(count, len(waiting)))]
     with ThreadPoolExecutor(count) as pool:
-        for number in range(count):
-            pool.submit(watch_worker, waiting[number::count], devices[number % len(devices)], options)
+        list(pool.map(lambda one: watch_worker(*one, options), work))
 
 
 def table(seeds: int) -> Iterator[dict[str, Any]]:
