@@ -24,6 +24,7 @@ from transmamba.models.transmamba import decoding
 from transmamba.models.transmamba.decoding import Decoder, DecodeSession, run_eagerly
 from transmamba.modules import LayerMode, StaticCache, layer_mode
 from transmamba.ops.backends import prefer
+from transmamba.ops.chain import in_a_chain
 
 PAD, NEW = 0, 12
 BOUND = 1e-6  # logits are handed out in fp32, of fp64 models
@@ -233,6 +234,22 @@ def test_weights_that_moved_are_recorded_anew() -> None:
     assert before not in decoder.sessions.values()
     model.set_trans_points([9, None, 0])
     assert_same(model, ids, decoder)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, True), (2, False)])
+def test_one_row_is_a_chain_of_kernels(monkeypatch: pytest.MonkeyPatch, rows: int, expected: bool) -> None:
+    """From its first layer to the logits, and nothing else is."""
+    seen = []
+    for name in ("mixer_step", "products", "hand_over"):
+        function = getattr(decoding, name)
+
+        def spy(*args: Any, name: str = name, function: Any = function) -> Any:
+            seen.append((name, in_a_chain()))
+            return function(*args)
+
+        monkeypatch.setattr(decoding, name, spy)
+    assert_same(tiny_model(torch.float64).requires_grad_(False), tokens(rows, TRANS_POINT - 2))
+    assert set(seen) == {("mixer_step", expected), ("products", expected), ("hand_over", False)}
 
 
 def test_warming_up_records_every_phase_of_equal_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from transmamba.ops import (
     step_linear,
     token_cosines,
 )
-from transmamba.ops.chain import Chain, chained
+from transmamba.ops.chain import chained
 from transmamba.ops.chain.kernels import wait_for_the_chain
 from transmamba.ops.logit_distillation import logit_gradient
 from transmamba.ops.ssd_scan.launches import configured
@@ -54,7 +54,6 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 READ_EARLY = {
     "conv_step_kernel": {"weight", "bias", "dt_bias", "A_log", "D", "positions"},
     "early_row_kernel": {"w0", "w1", "w2", "w3", "w4", "norm"},
-    "linear_kernel": set(),
     "row_kernel": set(),
     "reads_too_early": set(),
 }
@@ -113,7 +112,7 @@ class EarlyError(Exception):
 def reads_too_early(x, y, CHAINED: tl.constexpr):
     """A fault that the check of the wait has to see."""
     value = tl.load(x + tl.arange(0, 16))
-    wait_for_the_chain(EARLY=True)
+    wait_for_the_chain()
     tl.store(y + tl.arange(0, 16), value)
 
 
@@ -239,17 +238,13 @@ def main() -> None:
 
 
 def chains() -> None:
-    """As a device that can start kernels early runs them, the second time with what comes next known."""
+    """One row, as a device that can start kernels early runs it."""
     launching.can_start_early = lambda device: True
-    for early in (True, False):
-        launching.EARLY = early
-        for rows in (1, 8):
-            chain = Chain()
-            for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
-                if dtype == torch.bfloat16:
-                    chain.at = 0
-                with chained(chain):
-                    decoding(rows, dtype)
+    with chained():
+        for dtype in (torch.float32, torch.bfloat16):
+            decoding(1, dtype)
+        wide = draw(1, 4096)  # more of a gate than a program holds
+        step_linear(wide, [draw(4096, 4096), draw(4096, 4096)], gated=True)
     try:
         reads_too_early[(1,)](draw(16), draw(16), CHAINED=True, launch_pdl=True)
     except EarlyError:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from transmamba.ops.chain import current_chain
+from transmamba.ops.chain import in_a_chain
 from transmamba.ops.chain.kernels import gdc_wait, wait_for_the_chain
 
 ALIGNMENT = 16  # bytes; Triton compiles kernels for pointers that are multiples of it, and others for the rest
-EARLY = True  # kernels of a chain let the next one begin before they wait themselves
 EARLY_CAPABILITY = (9, 0)  # the first GPUs with programmatic dependent launch
 MOST_KEPT = 4096  # signatures; packed rows have other borders at every step
 
@@ -71,10 +70,10 @@ def can_start_early(device: torch.device) -> bool:
 
 
 def chain_constants(x: Tensor) -> dict[str, Any]:
-    """The constants CHAINED and EARLY of a kernel that calls wait_for_the_chain, and how it is then launched."""
-    if current_chain() is None or not can_start_early(x.device):
-        return {"CHAINED": False, "EARLY": False}
-    return {"CHAINED": True, "EARLY": EARLY, "launch_pdl": True}
+    """The constant CHAINED of a kernel that calls wait_for_the_chain, and how it is then launched."""
+    if in_a_chain() and can_start_early(x.device):
+        return {"CHAINED": True, "launch_pdl": True}
+    return {"CHAINED": False}
 
 
 def goes_around_registration(*tensors: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ nothing waits for the device. `capture` is how a step is recorded: as a CUDA gra
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -26,7 +27,7 @@ from transmamba.modules import (
     mlp_step,
     products,
 )
-from transmamba.ops.chain import Chain, chained
+from transmamba.ops.chain import chained
 
 if TYPE_CHECKING:
     from .modeling import TransMambaDecoderLayer, TransMambaModel
@@ -84,7 +85,6 @@ class DecodeSession:
         self.weights = addresses(backbone, head)
         self.steps: dict[Phase, Replay] = {}
         self.seen: set[Phase] = set()
-        self.chains: dict[Phase, Chain] = {}
         device = static.positions.device
         self.tokens = torch.zeros(static.rows, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
@@ -140,16 +140,10 @@ class DecodeSession:
         self.steps.get(phase, lambda: self._compute(phase))()
 
     def _compute(self, phase: Phase) -> None:
-        """Weights do not change meanwhile, and positions are written by torch alone, which the chain asks for."""
-        if self.static.rows > 1:  # several rows are slower in a chain
-            self._compute_in_a_chain(phase)
-            return
-        with chained(self.chains.setdefault(phase, Chain())):
-            self._compute_in_a_chain(phase)
-
-    def _compute_in_a_chain(self, phase: Phase) -> None:
-        hidden = backbone_step(self.backbone, self.tokens, self.static, self.layer_modes(phase), phase.places)
-        (logits,) = products(hidden, [self.head], self.backbone.norm)
+        """A chain wants of its caller that weights stay as they are, and that torch alone writes positions."""
+        with chained() if self.static.rows == 1 else nullcontext():  # several rows are slower in one
+            hidden = backbone_step(self.backbone, self.tokens, self.static, self.layer_modes(phase), phase.places)
+            (logits,) = products(hidden, [self.head], self.backbone.norm)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)

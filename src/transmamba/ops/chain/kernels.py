@@ -15,13 +15,10 @@ except ImportError:  # older versions of triton, where launching.py starts nothi
 
 
 @triton.jit
-def wait_for_the_chain(EARLY: tl.constexpr):
-    """Wait for the kernels ahead. EARLY: the next kernel may begin before the wait, else after it."""
-    if EARLY:
-        gdc_launch_dependents()
+def wait_for_the_chain():
+    """Let the next kernel begin, then wait for those ahead."""
+    gdc_launch_dependents()
     gdc_wait()
-    if not EARLY:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -38,23 +35,3 @@ def prefetch(address, size):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def prefetch_share(address, size):
-    """Ask for this program's share of `size` bytes, a multiple of 16; all programs together ask for all of them."""
-    share = tl.cdiv(size, tl.num_programs(0) * 128) * 128  # whole lines of the cache
-    start = tl.minimum(tl.program_id(0) * share, size)
-    prefetch(address.to(tl.int64) + start, tl.minimum(share, size - start))
-
-
-@triton.jit
-def prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4):
-    """The same of what the next product of the chain will read. Sizes may be 0, and are no constants, since what comes
-    next is not known in the first step and nothing can be compiled while the second is recorded.
-    """
-    prefetch_share(a0, s0)
-    prefetch_share(a1, s1)
-    prefetch_share(a2, s2)
-    prefetch_share(a3, s3)
-    prefetch_share(a4, s4)

@@ -92,10 +92,9 @@ def conv_step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """READERS: query heads of a state. KERNEL: taps, 0 without a convolution. EARLY: see wait_for_the_chain."""
+    """READERS: query heads of a state. KERNEL: taps, 0 without a convolution."""
     place = tl.program_id(0).to(tl.int64)
     row, s = place // state_heads, place % state_heads
     i = tl.arange(0, BLOCK_N)
@@ -122,7 +121,7 @@ def conv_step_kernel(
             share = tl.cdiv(n * p * 4, tl.num_programs(1) * 128) * 128  # of a state, among its programs
             start = tl.minimum(tl.program_id(1) * share, n * p * 4)
             prefetch((state + place * n * p).to(tl.int64) + start, tl.minimum(share, n * p * 4 - start))
-        wait_for_the_chain(EARLY=EARLY)
+        wait_for_the_chain()
     at, inside = (place * n + i[:, None]) * p + j[None, :], in_n[:, None] & in_p[None, :]
     key = tl.load(k + row * k_r + group * n + i, mask=in_n, other=0.0)
     value = tl.load(v + row * v_r + group * p + j, mask=in_p, other=0.0)

@@ -1,14 +1,13 @@
 """The Triton kernels of step_linear: a program makes some outputs of one weight, for all rows, and reads them once.
 
 For one row there are no matrices to multiply: many small programs, each of which has all its loads under way at once.
-CHAINED: weights are asked for before the kernels ahead are done, see ops/chain; EARLY: see wait_for_the_chain.
-a0 to a4, s0 to s4: what the next product reads, and how many bytes, see prefetch_shares.
+CHAINED: a kernel that may begin before those ahead are done, see ops/chain.
 """
 
 import triton
 import triton.language as tl
 
-from transmamba.ops.chain.kernels import prefetch, prefetch_shares, wait_for_the_chain
+from transmamba.ops.chain.kernels import prefetch, wait_for_the_chain
 
 
 @triton.jit
@@ -38,21 +37,12 @@ def part_of(
 
 
 @triton.jit
-def prefetch_outputs(w, first, count, size, BLOCK_N: tl.constexpr):
-    """Ask for a program's outputs of a weight, which lie in one piece."""
-    width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-    n = first * BLOCK_N
-    prefetch(w + n.to(tl.int64) * size, tl.minimum(BLOCK_N, count - n) * size * width)
-
-
-@triton.jit
-def prefetch_rows(w, first, count, size, start, BLOCK_N: tl.constexpr):
-    """Ask for a program's outputs of a weight from input `start` on, a piece each."""
-    width: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+def prefetch_rest(w, first, count, start: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask for a program's outputs of a weight from word `start` on, a piece each."""
     for row in tl.static_range(BLOCK_N):
         n = first * BLOCK_N + row
-        at = w + n.to(tl.int64) * size + start
-        prefetch(at, tl.where(n < count, (size - start) * width, 0))
+        at = w + n.to(tl.int64) * WORDS + start
+        prefetch(at, tl.where(n < count, (WORDS - start) * 4, 0))
 
 
 @triton.jit
@@ -66,11 +56,6 @@ def linear_kernel(
     norm,
     residual,
     y,
-    a0,
-    a1,
-    a2,
-    a3,
-    a4,
     rows,
     size,
     eps,
@@ -79,11 +64,6 @@ def linear_kernel(
     n2,
     n3,
     n4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
     x_r,
     residual_r,
     y_r,
@@ -95,9 +75,6 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
-    CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """y (rows, outputs of all weights side by side). NUM: weights that are given, (n_i, size) each; GATED: w0 is the
     gate of w1. The norm's scale is applied to the sums, since it is one number a row. WIDE: exact products of fp32.
@@ -105,13 +82,6 @@ def linear_kernel(
     w, count, first, column = part_of(
         tl.program_id(0), w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, NUM=NUM, GATED=GATED, BLOCK_N=BLOCK_N
     )
-    if CHAINED:
-        if PREFETCH:
-            prefetch_outputs(w, first, count, size, BLOCK_N=BLOCK_N)
-            if GATED:
-                prefetch_outputs(w1, first, count, size, BLOCK_N=BLOCK_N)
-        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
-        wait_for_the_chain(EARLY=EARLY)
     m, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     n = first * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < rows, n < count
@@ -177,14 +147,13 @@ def row_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The same for one row, in fp32 throughout."""
     w, count, first, column = part_of(
         tl.program_id(0), w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, NUM=NUM, GATED=GATED, BLOCK_N=BLOCK_N
     )
     if CHAINED:
-        wait_for_the_chain(EARLY=EARLY)
+        wait_for_the_chain()
     n = first * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_K)
     in_n = n < count
@@ -231,22 +200,12 @@ def early_row_kernel(
     norm,
     residual,
     y,
-    a0,
-    a1,
-    a2,
-    a3,
-    a4,
     eps,
     n0,
     n1,
     n2,
     n3,
     n4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
     WORDS: tl.constexpr,
     NUM: tl.constexpr,
     GATED: tl.constexpr,
@@ -256,8 +215,6 @@ def early_row_kernel(
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
     CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """The same for one row of 16-bit values, with the first HELD * BLOCK_K words of each weight in registers before it
     looks at x. x, norm and weights come as words of 32 bits, two values each, WORDS a row: values would be taken apart
@@ -279,12 +236,11 @@ def early_row_kernel(
         for part in tl.static_range(COUNT):
             scales += (strip(norm, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
     if CHAINED:
-        if PREFETCH and HELD < COUNT:
-            prefetch_rows(w, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
+        if HELD < COUNT and WORDS % 4 == 0:  # rows of whole 16 bytes, as a prefetch wants them
+            prefetch_rest(w, first, count, HELD * BLOCK_K, WORDS=WORDS, BLOCK_N=BLOCK_N)
             if GATED:
-                prefetch_rows(w1, first, count, WORDS, HELD * BLOCK_K, BLOCK_N=BLOCK_N)
-        prefetch_shares(a0, a1, a2, a3, a4, s0, s1, s2, s3, s4)
-        wait_for_the_chain(EARLY=EARLY)
+                prefetch_rest(w1, first, count, HELD * BLOCK_K, WORDS=WORDS, BLOCK_N=BLOCK_N)
+        wait_for_the_chain()
     for part in tl.static_range(COUNT):
         inputs += (strip(x, part * BLOCK_K, WORDS=WORDS, BLOCK_K=BLOCK_K),)
     if HAS_RESIDUAL:

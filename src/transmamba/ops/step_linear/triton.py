@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from transmamba.ops.chain import current_chain
 from transmamba.ops.launching import ALIGNMENT, chain_constants, readable
 
 from . import kernels
@@ -18,11 +17,8 @@ MAX_ROWS = 64
 MAX_WEIGHTS = 5
 T = TypeVar("T")
 
-
-HOLDS_EARLY = True  # one row of 16-bit values goes to early_row_kernel, else to row_kernel
 MOST_HELD = 24  # loads of 16 bytes that a thread of early_row_kernel holds
 REGISTERS = 128  # of a thread that holds as many; left alone, the compiler takes 165
-ASKS_AHEAD = 0  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +94,13 @@ def step_linear_op(
     residual = None if residual is None else readable(residual)
     counts = [len(weight) for weight in weights]
     separate = counts[:1] if gated else counts
-    in_words = rows == 1 and HOLDS_EARLY and _come_in_words(x, *weights, norm_weight)
+    in_words = rows == 1 and _come_in_words(x, *weights, norm_weight)
     wide = INTERPRETED or x.dtype == torch.float32
     if in_words:
         how = early_tuning_of(size // 2, sum(separate), gated=gated)
     else:
         how = tuning_of(size, rows, sum(separate), wide=wide)
     blocks = sum(-(-count // how.outputs) for count in separate)
-    chain = chain_constants(x)
     read: Sequence[Tensor] = (x, *_padded(weights, weights[0]), weights[0] if norm_weight is None else norm_weight)
     if in_words:
         read = [tensor.flatten().view(torch.int32) for tensor in read]  # flat: a single row may have any stride
@@ -120,25 +115,21 @@ def step_linear_op(
         "BLOCK_K": how.inputs,
         "num_warps": how.warps,
         "num_stages": how.stages,
-    } | chain
-    if rows == 1 and not in_words:
-        kernels.row_kernel[(blocks,)](*tensors, size, eps, *numbers, **constants)
+    }
+    if rows > 1:
+        strides = (x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0))
+        constants |= {"BLOCK_M": max(16, triton.next_power_of_2(rows)), "WIDE": wide}
+        kernels.linear_kernel[(blocks,)](*tensors, rows, size, eps, *numbers, *strides, **constants)
         return y
-    ahead = _next_weights(weights) if chain["CHAINED"] else {}
-    tensors = (*tensors, *_padded(list(ahead), y))  # y is aligned, as they are; else there were two kernels
-    numbers = (*numbers, *_padded(list(ahead.values()), 0))
-    whole_rows = size * x.element_size() % ALIGNMENT == 0
-    constants["PREFETCH"] = whole_rows and all(map(_is_aligned, weights))
+    constants |= chain_constants(x)
     if in_words:
         constants |= {"WORDS": size // 2, "HELD": how.held}
         full = how.held * how.outputs * (2 if gated else 1) >= MOST_HELD
         if full and not INTERPRETED and torch.version.hip is None:  # a bound makes the compiler use what it allows
             constants["maxnreg"] = REGISTERS
         kernels.early_row_kernel[(blocks,)](*tensors, eps, *numbers, **constants)
-        return y
-    strides = (x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0))
-    constants |= {"BLOCK_M": max(16, triton.next_power_of_2(rows)), "WIDE": wide}
-    kernels.linear_kernel[(blocks,)](*tensors, rows, size, eps, *numbers, *strides, **constants)
+    else:
+        kernels.row_kernel[(blocks,)](*tensors, size, eps, *numbers, **constants)
     return y
 
 
@@ -150,25 +141,9 @@ def _come_in_words(*tensors: Tensor | None) -> bool:
         and x.element_size() == 2
         and x.shape[-1] % 2 == 0
         and x.storage_offset() % 2 == 0
-        and _is_aligned(x)
+        and x.data_ptr() % ALIGNMENT == 0
         for x in given
     )
-
-
-def _next_weights(weights: Sequence[Tensor]) -> dict[Tensor, int]:
-    """What the next product of the chain reads, and how many bytes of each to ask for now."""
-    chain, left, ahead = current_chain(), ASKS_AHEAD, {}
-    assert chain is not None
-    for weight in chain.after(weights):
-        size = min(weight.nbytes, left)
-        if _is_aligned(weight) and size >= ALIGNMENT:
-            ahead[weight] = size // ALIGNMENT * ALIGNMENT
-            left -= size
-    return ahead
-
-
-def _is_aligned(x: Tensor) -> bool:
-    return x.data_ptr() % ALIGNMENT == 0
 
 
 def _padded(given: Sequence[T], value: T) -> tuple[T, ...]:
