@@ -2,10 +2,11 @@
 
 from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from transmamba.ops import gated_rms_norm, residual_norm
+from transmamba.ops import gated_rms_norm, post_norm, residual_norm
 from transmamba.ops.precision import autocast_dtype, cast_once
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +44,15 @@ def normed_and_residual(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor
         if is_plain(norm, nn.RMSNorm) and norm.eps is not None:
             return residual_norm(hidden, weight, eps=norm.eps, centred=False, dtype=dtype, validate=False)
     return norm(hidden.to(weight.dtype)), hidden
+
+
+def norm_of_sum(norm: nn.Module, hidden: Tensor, branch: Tensor) -> Tensor:
+    """norm(hidden + branch); in one op where the norm is plain."""
+    if is_plain(norm, nn.LayerNorm) and norm.weight.dim() == 1:
+        weight = norm.weight
+        if torch.promote_types(hidden.dtype, branch.dtype) == weight.dtype:
+            return post_norm(hidden, branch, weight, norm.bias, eps=norm.eps, validate=False)
+    return norm(hidden + branch)
 
 
 def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
