@@ -26,7 +26,6 @@ from transmamba.distillation import (
     target_layer,
     teacher_in_order,
 )
-from transmamba.distillation import vision_teacher as teachers
 from transmamba.distillation.layer_weights import LAYER_WEIGHTS, layer_weights
 from transmamba.errors import InputError
 from transmamba.models import VimForImageClassification
@@ -363,25 +362,30 @@ def test_weights_of_several_directions_are_those_of_each(form: str) -> None:
 def test_under_autocast_the_teacher_says_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, pixels = teacher_of_images(name), image_batch()["pixel_values"]
 
-    def signals(once: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(teachers, "CAST_WEIGHTS_ONCE", once)
+    def signals() -> list[torch.Tensor]:
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
             found = teacher(pixels, with_attention=True)
         return [found.logits, found.feature, *found.tokens, *found.queries, *found.keys]
 
+    def of_the_model_itself() -> list[torch.Tensor]:
+        """Autocast casts every weight at every call, and what a norm writes for each product that reads it."""
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher, "_network", lambda _: teacher.network)
+            return signals()
+
     wide = teacher(pixels).logits
     assert teacher.narrow is None
-    before = signals(True)
-    assert all(torch.equal(new, old) for new, old in zip(before, signals(False), strict=True))
+    before = signals()
+    assert all(torch.equal(new, old) for new, old in zip(before, of_the_model_itself(), strict=True))
     assert not torch.equal(before[0].float(), wide)
     copy = teacher.narrow
-    signals(True)
+    signals()
     assert teacher.narrow is copy
     with torch.no_grad():
         teacher.network.blocks[1].attention.q_proj.weight.mul_(2)
-    after = signals(True)  # of the weights as they are now
+    after = signals()  # of the weights as they are now
     assert not torch.equal(after[1], before[1])
-    assert all(torch.equal(new, old) for new, old in zip(after, signals(False), strict=True))
+    assert all(torch.equal(new, old) for new, old in zip(after, of_the_model_itself(), strict=True))
 
 
 @needs_triton

@@ -1,5 +1,6 @@
 """The bidirectional Mamba-2 encoder: rows stand for themselves, any length runs, and it saves and loads."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests.helpers import DEVICE, relative_rms_error
+from tests.ops.cases import worst_error
+from tests.ops.kernels import needs_triton
 from transmamba.errors import InputError
 from transmamba.models import BiMamba2Config, BiMamba2Model
 from transmamba.models.initial_values import find_initial_value
@@ -105,6 +108,47 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)  # type: ignore[arg-type]
     assert any(a is not None for a in gradients[0])
+
+
+def of_every_layer(model: BiMamba2Model, **autocast: Any) -> list[torch.Tensor]:
+    """Outputs and gradients on a padded batch."""
+    mask = torch.ones(3, 9, dtype=torch.long, device=model.device)
+    mask[1, 3:] = 0
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, **autocast):
+        ids = torch.arange(27, device=model.device).view(3, 9)
+        out = model(ids, mask, output_hidden_states=True)
+    slopes = torch.autograd.grad(out.pooler_output[:, 0].sum(), list(model.parameters()), allow_unused=True)
+    return [*out.hidden_states, out.pooler_output, *(one for one in slopes if one is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["as it is", "autocast"])
+def test_norms_that_are_called_give_the_same(dtype: torch.dtype, autocast: bool) -> None:
+    """With a hook on it a norm is a module again, which reads a sum."""
+    model = encoder().to(dtype)
+    found = of_every_layer(model, enabled=autocast)
+    called: list[torch.nn.Module] = []
+    for layer in model.layers:
+        for norm in (layer.mixer_norm, layer.mlp_norm):
+            norm.register_forward_hook(lambda module, *_: called.append(module))
+    modules = of_every_layer(model, enabled=autocast)
+    assert len(called) == 4
+    assert [one.dtype for one in found] == [one.dtype for one in modules]
+    assert all(torch.equal(new, old) for new, old in zip(found, modules, strict=True))
+
+
+@needs_triton
+def test_the_kernel_that_adds_and_normalises_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder().to(DEVICE, torch.float32)
+    before, exact = of_every_layer(model, enabled=False), of_every_layer(encoder().to(DEVICE), enabled=False)
+    op, kernels = (import_module(f"transmamba.ops.residual_norm{name}") for name in ("", ".triton"))
+    ran: list[int] = []
+    run = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda *given: ran.append(1) or run(*given))
+    monkeypatch.setattr(op, "resolve_backend", lambda *_, **__: "triton")
+    found = of_every_layer(model, enabled=False)
+    assert len(ran) == 4
+    assert worst_error(found, exact) < 4 * worst_error(before, exact) < 1e-3  # as near, chance aside
 
 
 def test_it_saves_and_loads(tmp_path: Path) -> None:

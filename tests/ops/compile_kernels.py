@@ -29,6 +29,7 @@ from transmamba.ops import (
     launching,
     memory_converter,
     merge_scans,
+    post_norm,
     residual_norm,
     selective_scan,
     ssd_scan,
@@ -172,6 +173,8 @@ def small_ops() -> None:
     backward(token_cosines(draw(4, 2, 70, 192), draw(2, 72, 192, dtype=torch.float32), places, validate=False))
     stream = draw(2, 70, 192, dtype=torch.float32)
     backward(*residual_norm(stream, draw(192), draw(192), dtype=torch.bfloat16, validate=False))
+    backward(post_norm(stream, draw(2, 70, 192), draw(192), draw(192), validate=False))
+    backward(post_norm(draw(2, 70, 192), draw(2, 70, 192), draw(192), draw(192), validate=False))
     backward(residual_norm(stream, draw(192), centred=False, dtype=torch.bfloat16, validate=False)[0])
     logits, labels = draw(8, 1000).detach(), torch.zeros(8, dtype=torch.int64)
     logit_gradient(logits, labels, draw(8, 1000).detach(), temperature=2.0, kl_weight=1.0, ce_weight=1.0)

@@ -111,7 +111,7 @@ def test_the_bounds_see_a_fault(fault: str) -> None:
 
 
 def test_what_does_not_fit_is_one_line() -> None:
-    x, y, places = draw((2, 3, 5, 4, 6))
+    x, y, places = (given.cpu() for given in draw((2, 3, 5, 4, 6)))  # where values are read
     with pytest.raises(InputError, match=r"token_cosines: x has shape \(3, 5, 4\) and y \(3, 6, 4\)"):
         token_cosines(x[0], y, places)
     with pytest.raises(InputError, match=r"places has shape \(2, 3\), dtype torch.int64 .*; give \(2, 5\), \(direct"):

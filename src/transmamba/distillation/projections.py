@@ -12,8 +12,6 @@ from transmamba.modules import DirectionOutput
 from transmamba.modules.plain import is_plain
 from transmamba.ops.precision import cast_once
 
-# False: a product for each direction of a layer, whose gradients are stacked again. Not timed yet.
-TOGETHER = True
 SHARING = ("direction", "layer", "none")
 ATTRIBUTE = "training_parts"  # of a student that is being distilled
 
@@ -83,7 +81,7 @@ class LatentProjections(nn.Module):
         """
         every = directions[0].every
         whole = every is not None and len(every) == len(directions) and all(one.every is every for one in directions)
-        if every is None or not (TOGETHER and whole):
+        if every is None or not whole:
             return torch.stack([self(layer, direction) for direction in directions])
         keys = tuple(self.key(layer, one.name, every.shape[-1]) for one in directions)
         parts = [self.by_key[key] for key in keys]

@@ -18,9 +18,6 @@ from transformers import DeiTConfig, PreTrainedModel, ViTConfig
 from transmamba.errors import InputError
 from transmamba.ops.precision import AUTOCAST_DEVICES
 
-# False: autocast casts every weight at every call, and what a norm writes once for each product. Not timed yet.
-CAST_WEIGHTS_ONCE = True
-
 
 @dataclass(frozen=True)
 class TeacherSignals:
@@ -122,7 +119,7 @@ class VisionTeacher:
 
     def _network(self, device: str) -> _Network:
         """The model, or under autocast its copy with the values that autocast would give to every product."""
-        if not (CAST_WEIGHTS_ONCE and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)):
+        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
             return self.network
         dtype = torch.get_autocast_dtype(device)
         made_of = dtype, *((one.data_ptr(), one._version) for one in self.model.parameters())

@@ -2,18 +2,14 @@
 
 from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from transmamba.ops import gated_rms_norm, residual_norm
+from transmamba.ops import gated_rms_norm, post_norm, residual_norm
 from transmamba.ops.precision import autocast_dtype, cast_once
 
 M = TypeVar("M", bound=nn.Module)
-
-# False: one product, whose halves a convolution copies, and whose gradients are copied together. Not timed yet.
-TWO_PRODUCTS = True
-# False: dt_proj adds its bias itself, and its gradient is a pass over that of the steps. Not timed yet.
-BIAS_IN_SCAN = True
 
 
 def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
@@ -50,9 +46,18 @@ def normed_and_residual(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor
     return norm(hidden.to(weight.dtype)), hidden
 
 
+def norm_of_sum(norm: nn.Module, hidden: Tensor, branch: Tensor) -> Tensor:
+    """norm(hidden + branch); in one op where the norm is plain."""
+    if is_plain(norm, nn.LayerNorm) and norm.weight.dim() == 1:
+        weight = norm.weight
+        if torch.promote_types(hidden.dtype, branch.dtype) == weight.dtype:
+            return post_norm(hidden, branch, weight, norm.bias, eps=norm.eps, validate=False)
+    return norm(hidden + branch)
+
+
 def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """projection(hidden) cut in two along the last dimension; each half is dense where the projection is plain."""
-    if not (TWO_PRODUCTS and is_plain(projection, nn.Linear)):
+    if not is_plain(projection, nn.Linear):
         first, second = projection(hidden).chunk(2, dim=-1)
         return first, second
     hidden = cast_once(hidden)
@@ -63,6 +68,6 @@ def halves(projection: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def steps_and_bias(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
     """dt_proj(dt), and None; or the product alone and the bias, which a scan adds in fp32 and sums the gradient of."""
-    if BIAS_IN_SCAN and is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
+    if is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
         return linear(dt, dt_proj.weight), dt_proj.bias
     return dt_proj(dt), None

@@ -11,7 +11,7 @@ from .hybrid_mixer import hybrid_mixer
 from .logit_distillation import LogitLosses, logit_distillation
 from .memory_converter import memory_converter
 from .merge_scans import begin_scans, merge_scans
-from .residual_norm import residual_norm
+from .residual_norm import post_norm, residual_norm
 from .rotary import apply_rotary
 from .selective_scan import selective_scan
 from .softmax_attention import softmax_attention
@@ -36,6 +36,7 @@ __all__ = [
     "logit_distillation",
     "memory_converter",
     "merge_scans",
+    "post_norm",
     "residual_norm",
     "selective_scan",
     "softmax_attention",

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from transmamba.errors import InputError
 from transmamba.models.initial_values import InitialValue, apply_initial_value, find_initial_value
 from transmamba.modules import BidirectionalMamba2Mixer, DirectionOutput
+from transmamba.modules.plain import norm_of_sum
 from transmamba.modules.scan_orders import TOKEN_WITHOUT_PATCH
 from transmamba.ops.checks import check_finite, values_are_checked
 from transmamba.ops.turning import turned_rows
@@ -202,8 +203,8 @@ class BiMamba2Layer(GradientCheckpointingLayer):
         self, hidden: Tensor, turned: Tensor | None, lengths: Tensor | None = None, directions: bool = True
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         mixed, features = self.mixer(hidden, turned, lengths, directions=directions)
-        hidden = self.mixer_norm(hidden + mixed)
-        return self.mlp_norm(hidden + self.down_proj(self.act_fn(self.up_proj(hidden)))), features
+        hidden = norm_of_sum(self.mixer_norm, hidden, mixed)
+        return norm_of_sum(self.mlp_norm, hidden, self.down_proj(self.act_fn(self.up_proj(hidden)))), features
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels of residual_norm: a program holds some whole rows, and backward goes through several such."""
+"""The Triton kernels of residual_norm and post_norm: a program holds some whole rows; backward, several in turn."""
 
 import triton
 import triton.language as tl
@@ -17,24 +17,29 @@ def normed_rows(x, size, inside, eps, CENTRED: tl.constexpr):
 @triton.jit
 def norm_kernel(
     x,
+    branch,
     weight,
     bias,
     y,
     rows,
     size,
     x_r,
+    branch_r,
     eps,
     CENTRED: tl.constexpr,
+    BRANCH: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y (rows, size), dense."""
+    """y (rows, size), dense, of x or, with BRANCH, of x + branch."""
     row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     in_c = column < size
     inside = (row < rows)[:, None] & in_c[None, :]
     at = row.to(tl.int64)[:, None]
     given = tl.load(x + at * x_r + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if BRANCH:
+        given += tl.load(branch + at * branch_r + column[None, :], mask=inside, other=0.0).to(tl.float32)
     result, _ = normed_rows(given, size, inside, eps, CENTRED)
     result = result * tl.load(weight + column, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if BIAS:
@@ -46,6 +51,7 @@ def norm_kernel(
 def norm_backward_kernel(
     dy,
     x,
+    branch,
     weight,
     more,
     dx,
@@ -55,16 +61,18 @@ def norm_backward_kernel(
     steps,
     dy_r,
     x_r,
+    branch_r,
     more_r,
     eps,
     CENTRED: tl.constexpr,
+    BRANCH: tl.constexpr,
     BIAS: tl.constexpr,
     MORE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx (rows, size), dense, plus `more` with MORE; parts (programs, 1 or 2, size), fp32, each program's part of the
-    gradients of weight and, with BIAS, bias, over its steps of BLOCK_R rows each.
+    """dx (rows, size), dense, plus `more` with MORE; with BRANCH the gradient of x and of branch. parts (programs, 1 or
+    2, size), fp32: each program's part of the gradients of weight and, with BIAS, bias, over its steps of BLOCK_R rows.
     """
     column = tl.arange(0, BLOCK_C)
     in_c = column < size
@@ -75,6 +83,8 @@ def norm_backward_kernel(
         inside = (row < rows)[:, None] & in_c[None, :]
         at = row.to(tl.int64)[:, None]
         given = tl.load(x + at * x_r + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BRANCH:
+            given += tl.load(branch + at * branch_r + column[None, :], mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(dy + at * dy_r + column[None, :], mask=inside, other=0.0).to(tl.float32)
         normed, inverse = normed_rows(given, size, inside, eps, CENTRED)
         d_weight += tl.sum(gradient * normed, axis=0)

@@ -1,4 +1,4 @@
-"""residual_norm on a GPU: a kernel forward, and one backward that computes the norm again.
+"""residual_norm and post_norm on a GPU: a kernel forward, and one backward that computes the norm again.
 
 torch.compile sees one node for each; a plain call in eager mode goes to the same functions without the registration.
 """
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import goes_around_registration, launch, on_its_device, readable
+from transmamba.ops.launching import goes_around_registration, launch, on_its_device, readable, way_to_call
 
 from . import kernels
 
@@ -25,16 +25,33 @@ def residual_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return (the norm, x); see residual_norm."""
     if not goes_around_registration(x, weight, bias):
-        return residual_norm_op(x, weight, bias, float(eps), centred, dtype), x
+        return residual_norm_op(x, None, weight, bias, float(eps), centred, dtype), x
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)):
-        return _ResidualNorm.apply(x, weight, bias, float(eps), centred, dtype)
-    return run(x, weight, bias, float(eps), centred, dtype), x
+        return _ResidualNorm.apply(x, None, weight, bias, float(eps), centred, dtype)
+    return run(x, None, weight, bias, float(eps), centred, dtype), x
+
+
+def post_norm_triton(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype
+) -> Tensor:
+    """Return the norm of the sum; see post_norm."""
+    way = way_to_call(residual_norm_op, _PostNorm, run, x, branch, weight, bias)
+    return way(x, branch, weight, bias, float(eps), centred, dtype)
 
 
 @on_its_device
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype) -> Tensor:
-    """The norm, dense."""
+def run(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The norm of x, or of x + branch, dense."""
     rows = _rows(x)
+    other = rows if branch is None else _rows(branch)
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel():
         block, constants = _constants(rows.shape[1])
@@ -42,33 +59,42 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: boo
         launch(
             kernels.norm_kernel,
             (-(-len(rows) // block), 1, 1),
-            (rows, weight, weight if bias is None else bias.contiguous(), y),
-            (*rows.shape, rows.stride(0), eps),
-            {"CENTRED": centred, "BIAS": bias is not None, **constants},
+            (rows, other, weight, weight if bias is None else bias.contiguous(), y),
+            (*rows.shape, rows.stride(0), other.stride(0), eps),
+            {"CENTRED": centred, "BRANCH": branch is not None, "BIAS": bias is not None, **constants},
         )
     return y
 
 
 @on_its_device
 def run_backward(
-    dy: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, has_bias: bool, eps: float, centred: bool
+    dy: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    has_bias: bool,
+    eps: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, with `more` added to it; the gradients of weight and bias (1 or 2, size), fp32)."""
+    """(dx, with `more` added to it, in the wider dtype of x and branch; the gradients of weight and bias
+    (1 or 2, size), fp32).
+    """
     given, gradient = _rows(x), _rows(dy)
-    dx, count = x.new_empty(x.shape), 2 if has_bias else 1
+    dx, count = x.new_empty(x.shape, dtype=_wider(x, branch)), 2 if has_bias else 1
     if not x.numel():
         return dx, x.new_zeros(count, x.shape[-1], dtype=torch.float32)
     block, constants = _constants(given.shape[1])
     steps = max(1, min(MAX_STEPS, len(given) // (block * PARTS)))
     programs = -(-len(given) // (block * steps))
     parts = x.new_empty(programs, count, given.shape[1], dtype=torch.float32)
-    other = gradient if more is None else _rows(more)
+    added, other = given if branch is None else _rows(branch), gradient if more is None else _rows(more)
     launch(
         kernels.norm_backward_kernel,
         (programs, 1, 1),
-        (gradient, given, weight.contiguous(), other, dx, parts),
-        (*given.shape, steps, gradient.stride(0), given.stride(0), other.stride(0), eps),
-        {"CENTRED": centred, "BIAS": has_bias, "MORE": more is not None, **constants},
+        (gradient, given, added, weight.contiguous(), other, dx, parts),
+        (*given.shape, steps, *(one.stride(0) for one in (gradient, given, added, other)), eps),
+        {"CENTRED": centred, "BRANCH": branch is not None, "BIAS": has_bias, "MORE": more is not None, **constants},
     )
     return dx, parts.sum(0)
 
@@ -76,6 +102,10 @@ def run_backward(
 def _rows(x: Tensor) -> Tensor:
     """(..., size) as (rows, size) with neighbours in a row neighbours in memory."""
     return readable(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1]))
+
+
+def _wider(x: Tensor, branch: Tensor | None) -> torch.dtype:
+    return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
 
 
 def _constants(size: int) -> tuple[int, dict[str, Any]]:
@@ -90,42 +120,60 @@ residual_norm_op = torch.library.custom_op(
     "transmamba::residual_norm",
     lambda *inputs: run(*inputs),
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> Tensor",
+    schema="(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> "
+    "Tensor",
 )
 residual_norm_backward_op = torch.library.custom_op(
     "transmamba::residual_norm_backward",
     lambda *inputs: run_backward(*inputs),
     mutates_args=(),
-    schema="(Tensor dy, Tensor? more, Tensor x, Tensor weight, bool has_bias, float eps, bool centred) -> "
-    "(Tensor, Tensor)",
+    schema="(Tensor dy, Tensor? more, Tensor x, Tensor? branch, Tensor weight, bool has_bias, float eps, bool centred)"
+    " -> (Tensor, Tensor)",
 )
 
 
 @residual_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype) -> Tensor:
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
 @residual_norm_backward_op.register_fake
 def _(
-    dy: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, has_bias: bool, eps: float, centred: bool
+    dy: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    has_bias: bool,
+    eps: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2 if has_bias else 1, x.shape[-1], dtype=torch.float32)
+    dx = x.new_empty(x.shape, dtype=_wider(x, branch))
+    return dx, x.new_empty(2 if has_bias else 1, x.shape[-1], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.eps, ctx.centred, _ = inputs
+    x, branch, weight, bias, ctx.eps, ctx.centred, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias)
+    ctx.save_for_backward(x, branch, weight, bias)
 
 
 def _gradients(run_backward: Any, ctx: Any, dy: Tensor | None, more: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias = ctx.saved_tensors
+    x, branch, weight, bias = ctx.saved_tensors
     if dy is None:
-        return more, None, None, None, None, None
-    dx, both = run_backward(dy, more, x, weight, bias is not None, ctx.eps, ctx.centred)
+        return more, None, None, None, None, None, None
+    dx, both = run_backward(dy, more, x, branch, weight, bias is not None, ctx.eps, ctx.centred)
+    dbranch = None if branch is None else dx.to(branch.dtype)
     dbias = None if bias is None else both[1].to(bias.dtype)
-    return dx, both[0].to(weight.dtype), dbias, None, None, None
+    return dx.to(x.dtype), dbranch, both[0].to(weight.dtype), dbias, None, None, None
 
 
 residual_norm_op.register_autograd(
@@ -146,3 +194,18 @@ class _ResidualNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         return _gradients(run_backward, ctx, *gradients)
+
+
+class _PostNorm(torch.autograd.Function):
+    """The same of a sum, which is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = run(*inputs)
+        _keep(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return _gradients(run_backward, ctx, gradients[0], None)
