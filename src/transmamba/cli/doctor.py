@@ -31,6 +31,7 @@ from transmamba.ops import (
     logit_distillation,
     memory_converter,
     merge_scans,
+    post_norm,
     residual_norm,
     selective_scan,
     softmax_attention,
@@ -216,6 +217,7 @@ _CALLS: dict[str, Callable[[_Sample, str | None], Tensor | tuple[Tensor, ...]]] 
     "merge_scans": lambda s, backend: merge_scans(
         s.v.permute(2, 0, 1, 3), _both_ways(s), s.k[:, :, 0, 8:], backend=backend
     ),
+    "post_norm": lambda s, backend: post_norm(s.k, s.k.flip(0), s.q[0, 0, 0], s.q[0, 1, 0], backend=backend),
     "residual_norm": lambda s, backend: residual_norm(s.k, s.q[0, 0, 0], s.q[0, 1, 0], backend=backend),
     "selective_scan": lambda s, backend: selective_scan(
         s.v.flatten(2).transpose(1, 2),

@@ -30,6 +30,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "logit_distillation": ("reference", "torch", "triton"),
     "memory_converter": ("reference", "torch", "triton"),
     "merge_scans": ("reference", "torch", "triton"),
+    "post_norm": ("reference", "torch", "triton"),
     "residual_norm": ("reference", "torch", "triton"),
     "selective_scan": ("reference", "torch", "triton"),
     "softmax_attention": ("reference", "torch"),
@@ -40,16 +41,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN: tuple[str, ...] = (
-    "bidirectional_scan",
-    "causal_conv1d",
-    "gated_rms_norm",
-    "merge_scans",
-    "residual_norm",
-    "selective_scan",
-    "step_linear",
-    "token_cosines",
-)
+_UNPROVEN: tuple[str, ...] = ("post_norm",)
 _preferred: dict[str, str] = {}
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -70,7 +70,7 @@ def post_norm(
     """Return the layer norm of x + branch in dtype; without centred the RMS norm. dtype None = that of the sum.
 
     x, branch (..., size)    weight, bias (size,)
-    The backend is that of residual_norm. Raises InputError.
+    Raises InputError.
     """
     op = "post_norm"
     if branch.shape != x.shape:
@@ -100,7 +100,7 @@ def _check(op: str, given: dict[str, Tensor], weight: Tensor, bias: Tensor | Non
 
 
 def _backend(op: str, backend: str | None, x: Tensor) -> str:
-    name = resolve_backend("residual_norm", backend, x, size=0)
+    name = resolve_backend(op, backend, x, size=0)
     if name == "triton":
         from .triton import MAX_SIZE
 
