@@ -30,8 +30,8 @@ class Tuning:
     """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
 
     tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread of forward;
-    backward_states: of backward. registers, scan_registers: of a thread of the gradients and of the scan, at most. With
-    `whole` programs rows stay whole; where they are cut, `programs` result.
+    backward_states: of backward. registers: of a thread, at most. With `whole` programs rows stay whole; where they are
+    cut, `programs` result.
     """
 
     tokens: int
@@ -39,7 +39,6 @@ class Tuning:
     states: int
     backward_states: int
     registers: int
-    scan_registers: int
     whole: int
     programs: int
 
@@ -62,7 +61,6 @@ def tuning_of(state_size: int) -> Tuning:
         states=n if n <= 16 else 4,
         backward_states=min(n, 4),
         registers=168,  # of which a multiprocessor has enough for 12 warps, an H100 for 1584
-        scan_registers=168,
         whole=1024,
         programs=1536,
     )
@@ -282,7 +280,7 @@ def _scan(
             "STORE_LEFT": by_segment,
             "STORE_END": last is not None,
             **(job.forward if chunk_states is None else job.backward),
-            "maxnreg": job.tuning.scan_registers,
+            "maxnreg": job.tuning.registers,
         },
     )
 
