@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +108,21 @@ def main() -> None:
     print(f"padding changes an embedding by at most {difference:.1e}", flush=True)
     if device.type == "cuda":
         both = {name: model.to(torch.bfloat16) for name, model in both.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    content = {
+        "what": "ms to embed a batch of documents of one length, medians and quartiles",
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "threads": torch.get_num_threads(),
+        "repeats": args.repeats,
+        "padding_difference": difference,
+        "rows": rows,
+        "date": datetime.now(UTC).date().isoformat(),
+        **provenance(device.type),
+    }
     for batch in map(int, args.batches.split(",")):
         for length in lengths:
             ids = torch.randint(1000, 30000, (batch, length), device=device)
-            row = {"batch": batch, "length": length, "keeps_freed_memory": keeps_memory}
+            row: dict[str, Any] = {"batch": batch, "length": length, "keeps_freed_memory": keeps_memory}
             for name, model in both.items():
 
                 def run(model: nn.Module = model, ids: Tensor = ids) -> Tensor:
@@ -133,18 +144,8 @@ def main() -> None:
                 row["times_faster_graph"] = round(row["bert_graph"]["ms"] / row["bimamba2_graph"]["ms"], 2)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if args.out is not None:
-        content = {
-            "what": "ms to embed a batch of documents of one length, medians and quartiles",
-            "dtype": "bfloat16" if device.type == "cuda" else "float32",
-            "threads": torch.get_num_threads(),
-            "repeats": args.repeats,
-            "padding_difference": difference,
-            "rows": rows,
-            "date": datetime.now(UTC).date().isoformat(),
-            **provenance(device.type),
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+            if args.out is not None:  # after every row, for a run that is broken off
+                args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

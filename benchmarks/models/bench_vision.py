@@ -61,11 +61,14 @@ def main() -> None:
     if wrong:
         print(json.dumps(wrong, indent=1))
         sys.exit("the students are not what they are on the plain scan; nothing is timed.")
+    output = options.output or RESULTS / f"vision_{options.device}_{result['date']}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     for side in options.sizes:
         for name in ("deit_tiny", *options.students):
             for training in (False, True):
                 row = measure(name, side, training, options)
                 result["rows"].append(row)
+                write(output, result)  # after every row, for a run that is broken off
                 print(
                     "{pixels:5d} px {tokens:5d} tokens {model:17s} {what:9s} {images_per_second:10,.1f} images/s"
                     "  {ms:8.2f} ms for {batch:4d}  {peak_gb}".format(**row),
@@ -73,10 +76,12 @@ def main() -> None:
                 )
     result["overtakes"] = overtakes(result["rows"], options.students)
     print(json.dumps(result["overtakes"]))
-    output = options.output or RESULTS / f"vision_{options.device}_{result['date']}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(output, result)
     print(f"written to {output}")
+
+
+def write(output: Path, result: dict[str, Any]) -> None:
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def build(name: str, side: int, options: argparse.Namespace) -> nn.Module:
