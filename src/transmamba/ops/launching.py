@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 from triton.runtime import JITFunction
 
 from transmamba.ops.chain import in_a_chain
@@ -24,6 +25,14 @@ MOST_KEPT = 4096  # signatures; packed rows have other borders at every step
 R = TypeVar("R")
 
 _seen: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def whole_rows(size: int, entries: int) -> tuple[int, dict[str, Any]]:
+    """Rows of a program that holds them whole, about `entries` numbers, and the constants of its kernel."""
+    columns = next_power_of_2(size)
+    rows = max(1, entries // columns)
+    warps = max(1, min(32, rows * columns // 512))
+    return rows, {"BLOCK_R": rows, "BLOCK_C": columns, "num_warps": warps, "num_stages": 2}
 
 
 def launch(

@@ -6,11 +6,10 @@ torch.compile sees one node for each; a plain call in eager mode goes to the sam
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import goes_around_registration, launch, on_its_device, readable, way_to_call
+from transmamba.ops.launching import goes_around_registration, launch, on_its_device, readable, way_to_call, whole_rows
 
 from . import kernels
 
@@ -54,7 +53,7 @@ def run(
     other = rows if branch is None else _rows(branch)
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel():
-        block, constants = _constants(rows.shape[1])
+        block, constants = whole_rows(rows.shape[1], BLOCK_ENTRIES)
         weight = weight.contiguous()
         launch(
             kernels.norm_kernel,
@@ -84,7 +83,7 @@ def run_backward(
     dx, count = x.new_empty(x.shape, dtype=_wider(x, branch)), 2 if has_bias else 1
     if not x.numel():
         return dx, x.new_zeros(count, x.shape[-1], dtype=torch.float32)
-    block, constants = _constants(given.shape[1])
+    block, constants = whole_rows(given.shape[1], BLOCK_ENTRIES)
     steps = max(1, min(MAX_STEPS, len(given) // (block * PARTS)))
     programs = -(-len(given) // (block * steps))
     parts = x.new_empty(programs, count, given.shape[1], dtype=torch.float32)
@@ -106,14 +105,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _wider(x: Tensor, branch: Tensor | None) -> torch.dtype:
     return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-
-
-def _constants(size: int) -> tuple[int, dict[str, Any]]:
-    """Rows of a program, and the constants of its kernel."""
-    columns = triton.next_power_of_2(size)
-    block = max(1, BLOCK_ENTRIES // columns)
-    warps = max(1, min(32, block * columns // 512))
-    return block, {"BLOCK_R": block, "BLOCK_C": columns, "num_warps": warps, "num_stages": 2}
 
 
 residual_norm_op = torch.library.custom_op(

@@ -536,9 +536,9 @@ def _sweep(
 ) -> None:
     """Run sweep_kernel with q, k, v and y in these parts; what is not given is left out. states: read with flows."""
     constants = job.sweeping(how, transposed=transposed)
-    of_heads = [job.heads // x.shape[2] for x in (q, k, v, v if other is None else other)]
-    n, p = (job.p, job.n) if transposed else (job.n, job.p)
     rest = v if other is None else other
+    of_heads = [job.heads // x.shape[2] for x in (q, k, v, rest)]
+    n, p = (job.p, job.n) if transposed else (job.n, job.p)
     launch(
         kernels.sweep_kernel,
         (len(job.segments) * job.heads * constants["BLOCKS_P"], 1, 1),

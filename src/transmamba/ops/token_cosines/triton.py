@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transmamba.ops.launching import launch, on_its_device, readable, way_to_call
+from transmamba.ops.launching import launch, on_its_device, readable, way_to_call, whole_rows
 
 from . import kernels
 from .reference import EPS, LEAST_LENGTH
@@ -51,12 +50,9 @@ def run_backward(slopes: Tensor, x: Tensor, y: Tensor, places: Tensor) -> Tensor
 def _arguments(x: Tensor, y: Tensor) -> tuple[tuple[int, int, int], tuple[int | float, ...], dict[str, Any]]:
     """What both kernels are launched with: the grid, their numbers and constants."""
     directions, batch, steps, width = x.shape
-    columns = triton.next_power_of_2(width)
-    block = max(1, BLOCK_ENTRIES // columns)
+    block, constants = whole_rows(width, BLOCK_ENTRIES)
     rows = directions * batch * steps
     numbers = (rows, batch * steps, steps, width, *x.stride()[:3], *y.stride()[:2], EPS, LEAST_LENGTH)
-    warps = max(1, min(32, block * columns // 512))
-    constants = {"BLOCK_R": block, "BLOCK_C": columns, "num_warps": warps, "num_stages": 2}
     return (-(-rows // block), 1, 1), numbers, constants
 
 
