@@ -30,7 +30,8 @@ class ModelOptions:
     """Sizes of the model and of the batch. schedules: names that TransPointSchedule.named knows, commas between.
 
     prefill: lengths of prompts, one row each; none where empty. checked_tokens: of the comparison with fp64, which
-    needs a matrix of their square. checkpointing: compute activations anew in backward.
+    needs a matrix of their square. checkpointing: compute all activations anew in backward; recompute_activations: only
+    those that are cheap to compute, the config's field of that name.
     """
 
     schedules: str = "v9,transformer,mamba2"
@@ -45,6 +46,7 @@ class ModelOptions:
     seconds: float = 3.0
     checked_tokens: int = 4096
     checkpointing: bool = False
+    recompute_activations: bool = False
 
     @staticmethod
     def for_device(device: torch.device) -> "ModelOptions":
@@ -185,6 +187,7 @@ def config_of(options: ModelOptions, schedule: str) -> TransMambaConfig:
         trans_points=schedule,
         mixer_form="standard" if schedule in STANDARD else "shared",
         use_cache=False,
+        recompute_activations=options.recompute_activations,
     )
 
 

@@ -9,6 +9,7 @@ heads, n state_size = head_dim, p head_dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transmamba.errors import CacheError
 from transmamba.modules.cache import TransMambaLayerCache
 from transmamba.modules.conv import CausalConv1d
 from transmamba.modules.layout import TokenLayout
-from transmamba.modules.plain import gated_norm, is_plain
+from transmamba.modules.plain import gated_norm, is_plain, product
 from transmamba.ops import (
     apply_rotary,
     causal_conv1d,
@@ -30,8 +31,8 @@ from transmamba.ops import (
     ssd_step,
 )
 from transmamba.ops.causal_conv1d.torch import ConvWindow
-from transmamba.ops.precision import cast_once
-from transmamba.ops.rotary import undo_rotary
+from transmamba.ops.recomputation import cast_anew, is_recomputing, join, pick, recomputed
+from transmamba.ops.rotary import rotate, undo_rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +123,21 @@ class TransMambaMixer(nn.Module):
         rewind: int = 0,
     ) -> Tensor:
         """Mix tokens along the sequence; with a cache, go on from it and leave it at the last token."""
-        hidden = cast_once(hidden)
+        hidden = cast_anew(hidden)
         q, k, v = self.project(hidden, layout, cache, rewind)
         if rotary is None or not self.config.rotary:
             rotary = None
         elif self.config.ssm_rope:
-            q, k = (apply_rotary(x, rotary.cos, rotary.sin) for x in (q, k))
+            q, k = (rotate(x, rotary.cos, rotary.sin) for x in (q, k))
             rotary = None
         y = self._mix(q, k, v, hidden, rotary, layout, cache)
-        return self.o_proj(self._finish(y.flatten(-2), hidden, layout))
+        return product(self.o_proj, self._finish(y.flatten(-2), hidden, layout))
 
     def project(
         self, hidden: Tensor, layout: TokenLayout, cache: TransMambaLayerCache | None = None, rewind: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, (..., heads, head_dim) each, as both modes read them, before any rotation."""
-        qkv = [self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)]
+        qkv = [product(projection, hidden) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         if self.conv1d is not None:
             if cache is None and is_plain(self.conv1d, CausalConv1d):
                 qkv = self._convolve_each(qkv, layout)
@@ -160,7 +161,7 @@ class TransMambaMixer(nn.Module):
         weights = self.conv1d.weight.squeeze(1).split(self.split_sizes)
         biases = [None] * 3 if self.conv1d.bias is None else self.conv1d.bias.split(self.split_sizes)
         return [
-            causal_conv1d(x, weight, bias, activation="silu", cu_seqlens=layout.borders, validate=False)
+            recomputed(causal_conv1d, x, weight, bias, activation="silu", cu_seqlens=layout.borders, validate=False)
             for x, weight, bias in zip(qkv, weights, biases, strict=True)
         ]
 
@@ -204,7 +205,7 @@ class TransMambaMixer(nn.Module):
     ) -> Tensor:
         rope = None if rotary is None else (rotary.cos, rotary.sin)
         if not self.config.has_ssm and cache is None:
-            q, k = (q, k) if rope is None else (apply_rotary(x, *rope) for x in (q, k))
+            q, k = (q, k) if rope is None else (rotate(x, *rope) for x in (q, k))
             return softmax_attention(q, k, v, cu_seqlens=layout.borders, validate=False)
         dt, A = self.step_sizes(hidden) if self.config.has_ssm else (None, None)
         if cache is not None:
@@ -362,16 +363,19 @@ class TransMambaMixer(nn.Module):
         if layout.uniform_past is not None:
             cut = self.trans_point - layout.uniform_past
             if not c.mode_norm and self.z_proj is not None:
-                return gated_rms_norm(y, self.z_proj(hidden[:, cut:]), start=cut, validate=False)
+                return recomputed(gated_rms_norm, y, self._gate(hidden[:, cut:]), start=cut, validate=False)
             before, after = y.split((cut, y.shape[1] - cut), dim=1)  # slices' gradients would be whole tensors of zeros
-            return torch.cat([self._finish_attention(before), self._finish_ssm(after, hidden[:, cut:])], dim=1)
+            before, after = self._finish_attention(before), self._finish_ssm(after, hidden[:, cut:])
+            return recomputed(join, before, after, dim=1)
         plan = layout.plan(self.trans_point)
         flat, hidden = y.flatten(0, 1), hidden.flatten(0, 1)
         index = plan.ssm.flat_index
-        finished = flat.index_copy(0, index, self._finish_ssm(flat[index], hidden[index]))
+        ssm = self._finish_ssm(recomputed(pick, flat, index), recomputed(pick, hidden, index))
+        finished = recomputed(torch.index_copy, flat, 0, index, ssm)
         if c.mode_norm:
             index = plan.attention.flat_index
-            finished = finished.index_copy(0, index, self._finish_attention(flat[index]))
+            attention = self._finish_attention(recomputed(pick, flat, index))
+            finished = recomputed(torch.index_copy, finished, 0, index, attention)
         return finished.unflatten(0, y.shape[:2])
 
     def _finish_attention(self, y: Tensor) -> Tensor:
@@ -381,4 +385,11 @@ class TransMambaMixer(nn.Module):
         norm = self.ssm_norm if self.config.mode_norm else None
         if self.z_proj is None:
             return y if norm is None else norm(y)
-        return gated_norm(y, self.z_proj(hidden), norm)
+        return gated_norm(y, self._gate(hidden), norm)
+
+    def _gate(self, hidden: Tensor) -> Tensor:
+        """z of these tokens: one product, whose result and whose copy of some tokens backward makes again."""
+        assert self.z_proj is not None
+        if not is_recomputing() or not is_plain(self.z_proj, nn.Linear):
+            return self.z_proj(hidden)
+        return recomputed(partial(product, self.z_proj), recomputed(Tensor.contiguous, hidden))

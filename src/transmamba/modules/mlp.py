@@ -1,11 +1,12 @@
 """Feed-forward blocks: SwiGLU (Shazeer 2020, arXiv 2002.05202), and the plain one of GPT-2."""
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from transmamba.modules.plain import is_plain
+from transmamba.modules.plain import called_again, is_plain, product
 from transmamba.ops import gated_rms_norm
-from transmamba.ops.precision import cast_once
+from transmamba.ops.recomputation import cast_anew, recomputed
 
 SILU = type(ACT2FN["silu"])
 
@@ -22,11 +23,12 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = cast_once(x)
+        x = cast_anew(x)
         if is_plain(self.act_fn, SILU):
-            gate = self.gate_proj(x)
-            return self.down_proj(gated_rms_norm(self.up_proj(x), gate, validate=False))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            gate = product(self.gate_proj, x)
+            return product(self.down_proj, recomputed(gated_rms_norm, product(self.up_proj, x), gate, validate=False))
+        activated = called_again(self.act_fn, product(self.gate_proj, x))
+        return product(self.down_proj, recomputed(torch.mul, activated, product(self.up_proj, x)))
 
 
 class PlainMLP(nn.Module):
@@ -39,4 +41,5 @@ class PlainMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+        x = cast_anew(x)
+        return product(self.down_proj, called_again(self.act_fn, product(self.up_proj, x)))

@@ -1,6 +1,6 @@
 """Which modules an op may stand for: those that are no more than their class and their weights."""
 
-from typing import TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from transmamba.ops import gated_rms_norm, post_norm, residual_norm
 from transmamba.ops.precision import autocast_dtype, cast_once
+from transmamba.ops.recomputation import cast_anew, is_recomputing, recomputed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,11 +26,23 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
     return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in module._parameters.values())
 
 
+def product(projection: nn.Module, x: Tensor) -> Tensor:
+    """projection(x); within `recomputing`, autocast's cast of a plain projection's weight is not kept."""
+    if not is_recomputing() or not is_plain(projection, nn.Linear):
+        return cast(Tensor, projection(x))
+    return linear(x, cast_anew(projection.weight), projection.bias)
+
+
+def called_again(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), which backward computes again within `recomputing`, where the module is plain and has one input."""
+    return recomputed(module, x) if is_plain(module, type(module)) else cast(Tensor, module(x))
+
+
 def gated_norm(y: Tensor, gate: Tensor, norm: nn.Module | None) -> Tensor:
     """norm(y silu(gate)), in one op where the norm is plain; y and gate (..., size)."""
     if is_plain(norm, nn.RMSNorm) and norm.eps is not None:
-        return gated_rms_norm(y, gate, norm.weight, eps=norm.eps, validate=False)
-    y = gated_rms_norm(y, gate, validate=False)
+        return recomputed(gated_rms_norm, y, gate, norm.weight, eps=norm.eps, validate=False)
+    y = recomputed(gated_rms_norm, y, gate, validate=False)
     return y if norm is None else norm(y)
 
 

@@ -75,7 +75,8 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
     if "triton" not in known or backend in ("reference", "torch"):
         return backend or "torch"
     unproven = op in _UNPROVEN and preferred is None
-    if backend is None and (unproven or not inputs or inputs[0].device.type != "cuda"):
+    interpreted = preferred == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend is None and (unproven or not inputs or not (inputs[0].device.type == "cuda" or interpreted)):
         return "torch"
     obstacle = _obstacle(op, inputs, size)
     if backend == "triton":
@@ -93,7 +94,8 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
 def prefer(backend: Literal["torch", "triton"], *ops: str) -> Iterator[None]:
     """Within, backend=None means this one for these ops: to compare the two, and to run kernels yet to be passed.
 
-    No names mean all ops. Where there is no kernel for the tensors, plain PyTorch runs as ever.
+    No names mean all ops. Where there is no kernel for the tensors, plain PyTorch runs as ever; so it does on a CPU,
+    unless TRITON_INTERPRET=1 has Triton's interpreter run the kernels.
     """
     before = dict(_preferred)
     _preferred.update(dict.fromkeys(ops or _IMPLEMENTED, backend))

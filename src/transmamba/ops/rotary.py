@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transmamba.ops.heads import accumulation_dtype
+from transmamba.ops.recomputation import is_recomputed, recomputed
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -15,6 +16,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
     return _Rotation.apply(x, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """apply_rotary, computed again in backward where x is; otherwise x would be kept in the result's place."""
+    return recomputed(apply_rotary, x, cos, sin) if is_recomputed(x) else apply_rotary(x, cos, sin)
 
 
 def undo_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class TransMambaConfig(PreTrainedConfig):
             and no rotary embedding.
         rope_layers: whether each layer has rotary embedding, a bool per layer; None = all (SmolLM3 leaves out every
             fourth).
+        recompute_activations: in training, compute again in backward what is cheap to compute and large to keep; the
+            same gradients, less memory, a slower step. docs/training_memory.md says how much.
     """
 
     model_type = "transmamba"
@@ -89,6 +91,7 @@ class TransMambaConfig(PreTrainedConfig):
     mlp_gated: bool = True
     position_embedding: str = "rotary"
     rope_layers: list | tuple | None = None
+    recompute_activations: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

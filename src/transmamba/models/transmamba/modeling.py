@@ -30,7 +30,9 @@ from transmamba.modules import (
     TransMambaLayerCache,
     TransMambaMixer,
 )
+from transmamba.modules.plain import called_again
 from transmamba.ops.checks import check_finite, values_are_checked
+from transmamba.ops.recomputation import recomputing
 from transmamba.schedule import TransPointSchedule
 
 from .configuration import TransMambaConfig
@@ -405,6 +407,7 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TransMambaConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         trans_point = config.trans_points[layer_idx]
         has_rope = config.position_embedding == "rotary" and (
             config.rope_layers is None or config.rope_layers[layer_idx]
@@ -428,10 +431,15 @@ class TransMambaDecoderLayer(GradientCheckpointingLayer):
         cache: TransMambaLayerCache | None,
         rewind: int,
     ) -> Tensor:
-        hidden = hidden + self.mixer(self.input_layernorm(hidden), rotary, layout, cache, rewind)
-        if self.mlp is None:
-            return hidden
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        with recomputing(self._recomputes() and cache is None):
+            hidden = hidden + self.mixer(called_again(self.input_layernorm, hidden), rotary, layout, cache, rewind)
+            if self.mlp is None:
+                return hidden
+            return hidden + self.mlp(called_again(self.post_attention_layernorm, hidden))
+
+    def _recomputes(self) -> bool:
+        """Whether backward computes again what is cheap; gradient checkpointing does so with all of the layer."""
+        return self.config.recompute_activations and self.training and not self.gradient_checkpointing
 
 
 def mixer_config(config: TransMambaConfig, trans_point: int | None, *, rotary: bool = True) -> MixerConfig:

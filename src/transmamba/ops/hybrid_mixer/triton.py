@@ -11,7 +11,7 @@ from transmamba.ops.rooms import Rooms
 from transmamba.ops.split import split_documents
 from transmamba.ops.ssd_scan.triton import ssd_scan_triton
 
-from .torch import attention_mode, rotary_at
+from .torch import attention_mode, rotary_at, tokens_at
 
 
 def hybrid_mixer_triton(
@@ -42,16 +42,18 @@ def hybrid_mixer_triton(
         else:
             pairs = rooms.split(q, k, v, dt)
         (q_s, q_l), (k_s, k_l), (v_s, v_l), (dt_s, dt_l) = pairs
-        before = attention_mode(q_s, k_s, v_s, dt_s, rotary_at(rotary, slice(None, trans_point)), None)
+        at = rotary_at(rotary, slice(None, trans_point))
+        before = attention_mode(q_s, k_s, v_s, dt_s, at, None, beside_scan=True)
         state = memory_converter_triton(k_s, v_s, dt_s, A)
         return ssd_scan_triton(q_l, k_l, v_l, dt_l, A, D, initial_state=state, before=before, rooms=rooms)
 
     split = split_documents(tuple(cu_seqlens), trans_point, q.device)
-    q_s, k_s, v_s, dt_s = (x[:, split.prefix] for x in (q, k, v, dt))
-    before = attention_mode(q_s, k_s, v_s, dt_s, rotary_at(rotary, split.prefix), split.prefix_borders)
+    q_s, k_s, v_s, dt_s = (tokens_at(x, split.prefix) for x in (q, k, v, dt))
+    at = rotary_at(rotary, split.prefix)
+    before = attention_mode(q_s, k_s, v_s, dt_s, at, split.prefix_borders, beside_scan=True)
     state = memory_converter_triton(k_s, v_s, dt_s, A, cu_seqlens=split.prefix_borders)
-    q_l, k_l, v_l, dt_l = (x[:, split.suffix] for x in (q, k, v, dt))
+    q_l, k_l, v_l, dt_l = (tokens_at(x, split.suffix) for x in (q, k, v, dt))
     y, state = ssd_scan_triton(
         q_l, k_l, v_l, dt_l, A, D, initial_state=state, before=before, cu_seqlens=split.suffix_borders
     )
-    return y[:, split.merge], state
+    return tokens_at(y, split.merge), state

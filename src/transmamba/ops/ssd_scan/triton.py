@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transmamba.ops.launching import goes_around_registration
+from transmamba.ops.recomputation import recomputed
 from transmamba.ops.rooms import Rooms
 
 from . import launches
@@ -156,7 +157,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rooms: Rooms | None, *inputs: Any) -> tuple[Tensor, ...]:
-        output = launches.run_scan(*inputs)
+        output = recomputed(launches.run_scan, *inputs)
         _keep_scan(ctx, inputs, output)
         ctx.rooms = rooms
         return output[:2]
@@ -215,7 +216,7 @@ class _Converter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, _: None, *inputs: Any) -> tuple[Tensor, ...]:
-        output = launches.run_converter(*inputs)
+        output = recomputed(launches.run_converter, *inputs)
         _keep_converter(ctx, inputs, output)
         return output[:1]
 
