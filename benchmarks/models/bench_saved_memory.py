@@ -84,7 +84,7 @@ def measure(config: Any, options: argparse.Namespace, device: torch.device) -> d
         ids = torch.randint(config.vocab_size, (options.batch, options.tokens))
     kept = Kept(model)
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x)
-    with prefer("triton"), hooks, torch.autocast(device.type, torch.bfloat16):
+    with prefer("triton", interpreted=device.type == "cpu"), hooks, torch.autocast(device.type, torch.bfloat16):
         model(ids, use_cache=False)
     unit = options.batch * options.tokens * config.hidden_size * 2
     places: dict[str, float] = defaultdict(float)

@@ -217,7 +217,7 @@ def test_autocast_casts_what_projections_share_once(model: Model, monkeypatch: p
 
     logits, gradients, kept = train()
     for name in ("mixer", "mlp"):
-        monkeypatch.setattr(f"transmamba.modules.{name}.cast_once", lambda x: x)
+        monkeypatch.setattr(f"transmamba.modules.{name}.cast_anew", lambda x: x)
     wide_logits, wide_gradients, wide_kept = train()
     assert torch.equal(logits, wide_logits)
     assert kept < wide_kept

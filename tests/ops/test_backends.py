@@ -163,3 +163,12 @@ def test_a_preferred_backend_is_chosen_within(an_h100: None) -> None:
     with backends.prefer("triton"):
         assert resolve_backend("ssd_step", None, torch.zeros(1)) == "torch"
         assert resolve_backend("softmax_attention", None, OnCuda()) == "torch"
+
+
+def test_kernels_run_on_a_cpu_where_the_interpreter_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TRITON_MISSING", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with backends.prefer("triton", interpreted=True):
+        assert resolve_backend("ssd_step", None, torch.zeros(1)) == "triton"
+        assert resolve_backend("ssd_step", None, torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert resolve_backend("ssd_step", None, torch.zeros(1)) == "torch"

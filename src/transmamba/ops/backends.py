@@ -75,8 +75,8 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
     if "triton" not in known or backend in ("reference", "torch"):
         return backend or "torch"
     unproven = op in _UNPROVEN and preferred is None
-    interpreted = preferred == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend is None and (unproven or not inputs or not (inputs[0].device.type == "cuda" or interpreted)):
+    anywhere = preferred == "interpreted"
+    if backend is None and (unproven or not inputs or not (anywhere or inputs[0].device.type == "cuda")):
         return "torch"
     obstacle = _obstacle(op, inputs, size)
     if backend == "triton":
@@ -91,14 +91,14 @@ def resolve_backend(op: str, backend: str | None, *inputs: Tensor, size: int | N
 
 
 @contextmanager
-def prefer(backend: Literal["torch", "triton"], *ops: str) -> Iterator[None]:
+def prefer(backend: Literal["torch", "triton"], *ops: str, interpreted: bool = False) -> Iterator[None]:
     """Within, backend=None means this one for these ops: to compare the two, and to run kernels yet to be passed.
 
-    No names mean all ops. Where there is no kernel for the tensors, plain PyTorch runs as ever; so it does on a CPU,
-    unless TRITON_INTERPRET=1 has Triton's interpreter run the kernels.
+    No names mean all ops. Where there is no kernel for the tensors, plain PyTorch runs as ever. interpreted: kernels
+    also run on a CPU, by Triton's interpreter (TRITON_INTERPRET=1).
     """
     before = dict(_preferred)
-    _preferred.update(dict.fromkeys(ops or _IMPLEMENTED, backend))
+    _preferred.update(dict.fromkeys(ops or _IMPLEMENTED, "interpreted" if interpreted else backend))
     try:
         yield
     finally:

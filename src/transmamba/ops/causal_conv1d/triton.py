@@ -168,8 +168,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(run_backward: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    found = run_backward(dy, *ctx.saved_tensors, ctx.borders, ctx.silu)
-    return *(None if x is None else dx for x, dx in zip(ctx.saved_tensors, found, strict=True)), None, None
+    saved = ctx.saved_tensors
+    found = run_backward(dy, *saved, ctx.borders, ctx.silu)
+    return *(None if x is None else dx for x, dx in zip(saved, found, strict=True)), None, None
 
 
 causal_conv1d_op.register_autograd(partial(_gradients, causal_conv1d_backward_op), setup_context=_keep)

@@ -105,8 +105,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(run_backward: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx, dgate, dweight = run_backward(dy, *ctx.saved_tensors, ctx.start)
-    return dx, dgate, None if ctx.saved_tensors[2] is None else dweight, None, None
+    saved = ctx.saved_tensors  # once: each reading may be a computation
+    dx, dgate, dweight = run_backward(dy, *saved, ctx.start)
+    return dx, dgate, None if saved[2] is None else dweight, None, None
 
 
 gated_rms_norm_op.register_autograd(partial(_gradients, gated_rms_norm_backward_op), setup_context=_keep)

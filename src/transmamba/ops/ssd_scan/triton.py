@@ -134,16 +134,19 @@ def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> N
     ctx.has_before = before is not None
     ctx.borders = borders
     ctx.shape = output[0].shape
+    ctx.rooms = None
 
 
-def _scan_gradients(
-    run: Any, ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any, rooms: tuple[Any, ...] = ()
-) -> tuple[Any, ...]:
-    D, initial_state = ctx.saved_tensors[5:7]
+def _scan_gradients(run: Any, ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: each reading may be a computation
+    q, k, v, dt, _, D, initial_state = saved[:7]
     if dy is None:
-        dy = ctx.saved_tensors[2].new_zeros(ctx.shape)
+        dy = v.new_zeros(ctx.shape)
     d_before, d_after = (dy[:, : ctx.offset], dy[:, ctx.offset :]) if ctx.has_before else (None, dy)
-    gradients = run(d_after, dfinal, *ctx.saved_tensors, ctx.borders, *rooms)
+    rooms: tuple[Any, ...] = ()
+    if ctx.rooms is not None:
+        rooms = ([*ctx.rooms.make(q, k, v), torch.empty_like(dt, memory_format=torch.contiguous_format)],)
+    gradients = run(d_after, dfinal, *saved, ctx.borders, *rooms)
     dq, dk, dv, ddt, dA, dD, dstate = gradients
     dD, dstate = (None if D is None else dD), (None if initial_state is None else dstate)
     return dq, dk, dv, ddt, dA, dD, dstate, d_before, None
@@ -165,11 +168,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        rooms: tuple[Any, ...] = ()
-        if ctx.rooms is not None:
-            q, k, v, dt = ctx.saved_tensors[:4]
-            rooms = ([*ctx.rooms.make(q, k, v), torch.empty_like(dt, memory_format=torch.contiguous_format)],)
-        return None, *_scan_gradients(launches.run_scan_backward, ctx, *gradients, rooms=rooms)
+        return None, *_scan_gradients(launches.run_scan_backward, ctx, *gradients)
 
 
 memory_converter_op = torch.library.custom_op(
@@ -202,8 +201,9 @@ def _keep_converter(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor])
 
 
 def _converter_gradients(run: Any, ctx: Any, dfinal: Tensor, *_: Any) -> tuple[Any, ...]:
-    *gradients, dstate = run(dfinal, *ctx.saved_tensors, ctx.borders)
-    return *gradients, None if ctx.saved_tensors[4] is None else dstate, None
+    saved = ctx.saved_tensors
+    *gradients, dstate = run(dfinal, *saved, ctx.borders)
+    return *gradients, None if saved[4] is None else dstate, None
 
 
 memory_converter_op.register_autograd(
