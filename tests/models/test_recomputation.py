@@ -343,6 +343,22 @@ def test_compiled_models_choose_by_themselves() -> None:
     torch.compiler.reset()
 
 
+def test_who_disables_hooks_is_left_alone() -> None:
+    plain, saving = pair()
+    expected = step(plain)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert_same_bits(step(saving), expected)
+
+
+def test_transforms_of_torch_func() -> None:
+    slopes = []
+    for model in pair(trans_points=[0, 0, 0]):
+        embeddings = model.model.embed_tokens(tokens(2, 9)).detach()
+        slopes.append(torch.func.grad(lambda x, model=model: model(inputs_embeds=x).logits.square().mean())(embeddings))
+    assert slopes[0].any()
+    assert torch.equal(*slopes)
+
+
 def test_the_switch_is_saved_and_absent_in_old_files(tmp_path: Any) -> None:
     tiny_config(recompute_activations=True).save_pretrained(tmp_path)
     assert TransMambaConfig.from_pretrained(tmp_path).recompute_activations

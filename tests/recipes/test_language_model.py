@@ -182,6 +182,12 @@ def test_what_a_llama_does_not_have_is_refused(changes: dict[str, object], messa
         ModelSettings(**SIZES | changes)
 
 
+def test_a_llama_computes_no_activations_again(tmp_path: Path) -> None:
+    run = toy_run(tmp_path)
+    with pytest.raises(RecipeError, match='recompute_activations=True is nothing that architecture="llama" has'):
+        replace(run, recompute_activations=True, model=replace(run.model, architecture="llama"), schedule="transformer")
+
+
 def test_a_llama_cannot_switch(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="schedule='0,8,none' switches layers within 32 tokens, which a Llama cannot"):
         toy_run(tmp_path, model=LLAMA)

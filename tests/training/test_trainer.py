@@ -85,6 +85,21 @@ def test_resuming_crosses_the_border_of_an_epoch(tmp_path: Path, monkeypatch: py
     assert_identical(train_language_model(run, resume=True, device="cpu"), whole)
 
 
+def test_activations_may_be_computed_again_from_a_checkpoint_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 8, "save_every": 4}
+    whole = train_language_model(toy_run(tmp_path, output=str(tmp_path / "whole"), **settings), device="cpu")
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5)
+        with pytest.raises(Crash):
+            train_language_model(toy_run(tmp_path, **settings), device="cpu")
+    run = toy_run(tmp_path, recompute_activations=True, **settings)
+    resumed = train_language_model(run, resume=True, device="cpu")
+    assert resumed.model.config.recompute_activations
+    assert_identical(resumed, whole)
+
+
 def test_rows_fall_on_every_checkpoint_and_on_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"max_steps": 11, "save_every": 3, "log_every": 5}
     whole = train_language_model(toy_run(tmp_path, output=str(tmp_path / "whole"), **settings), device="cpu")

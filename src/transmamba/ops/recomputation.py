@@ -37,7 +37,7 @@ def recomputing(enabled: bool = True) -> AbstractContextManager[None]:
     """Within, backward computes again what `recomputed` returned; where nothing is differentiated, an empty block."""
     if torch.compiler.is_compiling() or not enabled or not torch.is_grad_enabled():
         return nullcontext()
-    if torch._C._are_functorch_transforms_active():  # they refuse hooks of saved tensors
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # as torch.func does
         return nullcontext()
     return _open_block()
 

@@ -45,7 +45,9 @@ __all__ = ["TrainedModel", "train_language_model", "validation_source"]
 logger = logging.getLogger(__name__)
 
 # What may differ when a run is resumed, because the trained weights do not depend on it.
-FREE_TO_CHANGE = frozenset({"output", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"})
+FREE_TO_CHANGE = frozenset(
+    {"output", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints", "recompute_activations"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

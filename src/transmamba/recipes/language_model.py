@@ -67,6 +67,7 @@ class LanguageModelRun(TrainingRun):
         run their SSM in training, so the model is made with None there.
     tokenizer: see `transmamba.data.load_tokenizer`; "train:N" learns from the training documents.
     max_steps, max_tokens, epochs: how long; exactly one of them.
+    recompute_activations: less memory and slower steps, with the same weights to the last bit (TransMambaConfig).
     """
 
     model: ModelSettings
@@ -79,6 +80,7 @@ class LanguageModelRun(TrainingRun):
     epochs: float | None = None
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    recompute_activations: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, str):
@@ -119,6 +121,7 @@ class LanguageModelRun(TrainingRun):
         if architecture == "llama":
             return LlamaConfig(**{name: value for name, value in settings.items() if name not in _absent_in_llama()})
         settings["trans_points"] = self.trained_schedule.to_list()
+        settings["recompute_activations"] = self.recompute_activations
         config = TransMambaConfig(**settings)
         if match_shared_size:
             return match_parameters(config, count_parameters(TransMambaConfig(**settings | {"mixer_form": "shared"})))
@@ -153,6 +156,8 @@ def _check_llama(settings: ModelSettings) -> None:
 def _check_run(run: LanguageModelRun) -> None:
     if run.seq_len < 2:
         raise RecipeError(f"seq_len={run.seq_len} must be at least 2: a token is predicted from one before it.")
+    if run.recompute_activations and run.model.architecture == "llama":
+        raise RecipeError('recompute_activations=True is nothing that architecture="llama" has; leave it out.')
     lengths = {name: getattr(run, name) for name in ("max_steps", "max_tokens", "epochs")}
     given = [f"{name}={value}" for name, value in lengths.items() if value is not None]
     if len(given) != 1:
