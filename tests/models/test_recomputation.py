@@ -4,7 +4,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # the mode norms'
 ]
+
+
+@pytest.fixture(autouse=True)
+def same_bits_every_time() -> Iterator[None]:
+    """On a GPU, the gradients of embeddings and of attention are sums in no fixed order unless asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(DEVICE.type == "cuda", warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def step(model: TransMambaForCausalLM, *, autocast: bool = False, **inputs: Any) -> Found:

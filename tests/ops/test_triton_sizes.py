@@ -52,6 +52,9 @@ def check(dtype: torch.dtype, heads, *, borders=None, **shape) -> None:
         for name, a, b in zip(gradient_names(given), found, wanted, strict=True):
             of_A = name == "A"
             error = rate_error(a, given, exact, cu_seqlens=borders) if of_A else relative_rms_error(a, b)
+            if of_A and not b.any():  # no state is left to decay: what remains is rounding in sums that dt's is made of
+                of_steps = wanted[gradient_names(given).index("dt")] * given["dt"]
+                error = a.double().abs().sum() / of_steps.abs().sum()
             if name == "initial_state" and b.abs().max() < 1e-6:
                 continue  # the loss hardly depends on a state that has decayed by as much
             assert error < scan_bound(inputs, dtype, 5), (op, name)

@@ -41,7 +41,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 }
 # Kernels that no card has run. Each becomes the default, by leaving this line, when its tests marked `gpu` have passed
 # on one; until then backend="triton" asks for it.
-_UNPROVEN: tuple[str, ...] = ("post_norm",)
+_UNPROVEN: tuple[str, ...] = ()
 _preferred: dict[str, str] = {}
 TRITON_MISSING = "" if find_spec("triton") else "triton is not installed (pip install 'transmamba[triton]')"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

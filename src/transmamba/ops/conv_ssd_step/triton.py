@@ -10,6 +10,8 @@ from . import kernels
 
 BLOCK_P = 32  # columns of a state per program at most
 LEAST_BLOCK_P = 8  # 32 bytes, which memory gives at once
+WARP_ENTRIES = 4096  # of a state that a warp takes; more warps are slower, whatever the number of rows
+FEW_PROGRAMS_ENTRIES = 512  # where programs are few, and wait for what they read
 PROGRAMS = 132  # multiprocessors of a Hopper GPU; fewer programs than these take fewer columns each
 
 
@@ -19,6 +21,12 @@ def columns_of(states: int, p: int) -> int:
     while columns > LEAST_BLOCK_P and states * -(-p // columns) < PROGRAMS:
         columns //= 2
     return columns
+
+
+def warps_of(block_n: int, block_p: int) -> int:
+    """Warps of a program; fastest of benchmarks/results/conv_ssd_step_launches_h200_2026-12-01.json."""
+    entries = FEW_PROGRAMS_ENTRIES if block_p == LEAST_BLOCK_P else WARP_ENTRIES
+    return max(1, min(8, block_n * block_p // entries))
 
 
 @torch.library.custom_op(
@@ -88,7 +96,7 @@ def conv_ssd_step_triton(
         BLOCK_P=block_p,
         PREFETCH=state.data_ptr() % ALIGNMENT == 0 and n * p % 4 == 0,
         **chain,
-        num_warps=max(1, min(8, block_n * block_p // 512)),
+        num_warps=warps_of(block_n, block_p),
     )
     return y
 

@@ -30,8 +30,8 @@ class Tuning:
     """How a program, one warp, holds states and channels (see kernels.py), and how many programs there should be.
 
     tokens: loaded at a time, and in a chunk of backward. channels: of a program. states: of a thread of forward;
-    backward_states: of backward. registers: of a thread, at most. With `whole` programs rows stay whole; where they are
-    cut, `programs` result.
+    backward_states: of backward. registers: of a thread, at most, backward_registers: of the gradients'. With `whole`
+    programs rows stay whole; where they are cut, `programs` result.
     """
 
     tokens: int
@@ -39,6 +39,7 @@ class Tuning:
     states: int
     backward_states: int
     registers: int
+    backward_registers: int
     whole: int
     programs: int
 
@@ -50,7 +51,8 @@ class Tuning:
 
 
 def tuning_of(state_size: int) -> Tuning:
-    """Return the configuration for this size; a table, not a search, of counted instructions and not yet of times.
+    """Return the configuration for this size; a table, not a search; registers by
+    benchmarks/results/selective_scan_variants_h200_2026-12-01.json.
 
     A thread of the gradients holds up to 16 entries of a tile, of 4 tokens; more do not fit its registers.
     """
@@ -61,6 +63,7 @@ def tuning_of(state_size: int) -> Tuning:
         states=n if n <= 16 else 4,
         backward_states=min(n, 4),
         registers=168,  # of which a multiprocessor has enough for 12 warps, an H100 for 1584
+        backward_registers=255,  # at 168, half of a warp's time went by in waiting for spilled ones
         whole=1024,
         programs=1536,
     )
@@ -360,7 +363,7 @@ def _gradients(
             **call.flags,
             "SKIP": call.D is not None,
             **job.backward,
-            "maxnreg": job.tuning.registers,
+            "maxnreg": job.tuning.backward_registers,
         },
     )
     return (
