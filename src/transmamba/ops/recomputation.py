@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar, cast
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class _Handle:
         self.recipe, self.index = recipe, index
         self.size, self.stride, self.offset = x.size(), x.stride(), x.storage_offset()
         self.result: Tensor | None = None
-        recipe.handles.add(self)
+        recipe.handles.append(ref(self))
 
     def unpack(self) -> Tensor:
         if self.result is None:
@@ -143,12 +143,14 @@ class _Handle:
 class _Recipe:
     """A call that can be made again."""
 
+    __slots__ = ("autocast", "function", "handles", "inputs", "keywords", "layouts")
+
     def __init__(
         self, function: Callable[..., Any], inputs: list[Any], keywords: dict[str, Any], like: tuple[Tensor, ...]
     ) -> None:
         self.function, self.inputs, self.keywords = function, inputs, keywords
         self.layouts = [(x.size(), x.stride(), x.storage_offset()) for x in like]
-        self.handles: WeakSet[_Handle] = WeakSet()
+        self.handles: list[ref[_Handle]] = []  # a WeakSet takes longer to make than a kernel to launch
         device = like[0].device.type
         self.autocast = None
         if device in AUTOCAST_DEVICES:
@@ -165,8 +167,10 @@ class _Recipe:
         finally:
             _local.block = before
         assert [(x.size(), x.stride(), x.storage_offset()) for x in results] == self.layouts
-        for handle in list(self.handles):
-            handle.result = results[handle.index]
+        for reference in self.handles:
+            handle = reference()
+            if handle is not None:
+                handle.result = results[handle.index]
 
     def _forward_precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
