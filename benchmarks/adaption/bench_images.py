@@ -6,7 +6,7 @@ Images are the 100-class cut of Tiny ImageNet (TRANSMAMBA_DATA, images/), at 64 
 2. A DeiT-tiny is trained on them first, in fp16's precision, and kept in the folder; --teacher takes one that is there.
 Every job is a run of `transmamba adapt` and writes a line: top-1 and top-5 on the validation images, and how it
 learnt. Jobs come seed after seed, the telling ones first, and run side by side, --parallel of them; a job that has a
-line in the output already is left out. --only keeps the jobs whose names hold one of some words, --jobs takes others.
+line in the output already, or in a file named by --done, is left out. --only keeps the jobs whose names hold one of some words, --jobs takes others.
 """
 
 import argparse
@@ -95,6 +95,8 @@ def main() -> None:
     classes, train, validation = len(data.classes), len(data.train), len(data.validation)
     print(f"{classes} classes, {train:,} + {validation:,} images, {time.monotonic() - begun:.1f} s", flush=True)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
+    for other in options.done:
+        rows += [json.loads(line) for line in other.read_text().splitlines()]
     finished = {row["name"] for row in rows if "failed" not in row}
     if f"teacher, {options.size} px" not in finished:
         write(options.output, make_teacher(data, options))
@@ -326,6 +328,7 @@ def write(output: Path, row: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "adaption" / "rows.jsonl")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="files of rows that need not be made")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "adaption"), help="images, teacher and runs")
     parser.add_argument("--archive", default=str(DATA / "images" / "tinyimagenet100.tar.xz"), help="or digits")
     parser.add_argument("--teacher", help="a folder with a teacher, to be used or made; default: one in --folder")

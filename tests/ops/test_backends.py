@@ -83,9 +83,7 @@ def test_on_a_cuda_device_the_kernels_run(an_h100: None, dtype: torch.dtype) -> 
     assert {op: resolve_backend(op, None, OnCuda(dtype), OnCuda(dtype)) for op in OPS} == chosen
 
 
-def test_kernels_that_no_card_has_run_are_taken_when_named_only(
-    an_h100: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_no_card_has_run_are_taken_when_named_only(an_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
     op = "post_norm"
     monkeypatch.setattr(backends, "_UNPROVEN", (op,))
     assert resolve_backend(op, None, OnCuda(), size=16) == "torch"
