@@ -6,7 +6,8 @@ Images are the 100-class cut of Tiny ImageNet (TRANSMAMBA_DATA, images/), at 64 
 2. A DeiT-tiny is trained on them first, in fp16's precision, and kept in the folder; --teacher takes one that is there.
 Every job is a run of `transmamba adapt` and writes a line: top-1 and top-5 on the validation images, and how it
 learnt. Jobs come seed after seed, the telling ones first, and run side by side, --parallel of them; a job that has a
-line in the output already, or in a file named by --done, is left out. --only keeps the jobs whose names hold one of some words, --jobs takes others.
+line in the output already, or in a file named by --done, is left out. --only keeps the jobs whose names hold one of
+some words, --jobs takes others.
 """
 
 import argparse
