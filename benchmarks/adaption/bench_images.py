@@ -95,11 +95,10 @@ def main() -> None:
     data = read_images(options)
     classes, train, validation = len(data.classes), len(data.train), len(data.validation)
     print(f"{classes} classes, {train:,} + {validation:,} images, {time.monotonic() - begun:.1f} s", flush=True)
-    rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
-    for other in options.done:
-        rows += [json.loads(line) for line in other.read_text().splitlines()]
+    files = [*options.done, *([options.output] if options.output.exists() else [])]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     finished = {row["name"] for row in rows if "failed" not in row}
-    if f"teacher, {options.size} px" not in finished:
+    if f"teacher, {options.size} px" not in finished or not (teacher_folder(options) / "config.json").exists():
         write(options.output, make_teacher(data, options))
     jobs = json.loads(Path(options.jobs).read_text()) if options.jobs else list(table(options.seeds))
     jobs = [job for job in jobs if not options.only or any(word in job["name"] for word in options.only)]

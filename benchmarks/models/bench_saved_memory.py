@@ -43,10 +43,11 @@ def main() -> None:
     sizes = replace(ModelOptions.for_device(torch.device("cuda")), layers=options.layers, seq_len=options.tokens)
     words = ["TRITON_INTERPRET=1"] if device.type == "cpu" else []
     words += ["python benchmarks/models/bench_saved_memory.py"]
-    words += [f"--{name} {value}" for name, value in vars(options).items() if name != "output"]
+    given = {name: value for name, value in vars(options).items() if name != "output"}
+    words += [f"--{name} {value}" for name, value in given.items()]
     result: dict[str, Any] = {
         "provenance": provenance(device, " ".join(words)) | {"dtype": "bfloat16"},
-        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "options": given,
         "unit": "one tensor (tokens, hidden_size) in bf16; weights: MB (10^6 bytes) of casts; both per layer. Of the "
         "units, 3 / layers are the final norm's input and the head's",
         "rows": [],

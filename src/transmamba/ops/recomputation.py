@@ -66,6 +66,11 @@ def is_recomputed(x: Tensor) -> bool:
     return block is not None and block.find(x) is not None
 
 
+def recomputed_like(function: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Tensor:
+    """function(x, *inputs), computed again in backward where x is; elsewhere x would be kept in the result's place."""
+    return recomputed(function, x, *inputs) if is_recomputed(x) else function(x, *inputs)
+
+
 def cast_anew(x: Tensor) -> Tensor:
     """cast_once(x); the cast is not kept where x is a parameter or recomputed, and so costs nothing to keep."""
     spares = is_recomputing() and (isinstance(x, nn.Parameter) or is_recomputed(x))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transmamba.ops.heads import accumulation_dtype
-from transmamba.ops.recomputation import is_recomputed, recomputed
+from transmamba.ops.recomputation import recomputed_like
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """apply_rotary, computed again in backward where x is; otherwise x would be kept in the result's place."""
-    return recomputed(apply_rotary, x, cos, sin) if is_recomputed(x) else apply_rotary(x, cos, sin)
+    """apply_rotary, computed again in backward where x is."""
+    return recomputed_like(apply_rotary, x, cos, sin)
 
 
 def undo_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from . import kernels
 
 BLOCK_P = 32  # columns of a state per program at most
 LEAST_BLOCK_P = 8  # 32 bytes, which memory gives at once
-WARP_ENTRIES = 4096  # of a state that a warp takes; more warps are slower, whatever the number of rows
+WARP_ENTRIES = 4096  # of a state that a warp takes; with 64 rows or more, more warps are slower
 FEW_PROGRAMS_ENTRIES = 512  # where programs are few, and wait for what they read
 PROGRAMS = 132  # multiprocessors of a Hopper GPU; fewer programs than these take fewer columns each
 

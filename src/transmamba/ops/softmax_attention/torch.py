@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from transmamba.ops.heads import expand_heads
-from transmamba.ops.recomputation import is_recomputed, join, pick, recomputed
+from transmamba.ops.recomputation import join, pick, recomputed, recomputed_like
 
 
 def softmax_attention_torch(
@@ -70,15 +70,12 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, borders: tuple[int, ...]) -> Tensor
     groups, inverse = _documents_by_length(borders, q.device, rounded=q.device.type != "cpu")
     with without_cudnn(q.device):
         parts = [
-            _attend(*(_tokens_of(x[0], group) for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(0, 1)
+            _attend(*(recomputed_like(pick, x[0], group) for x in (q, k, v)), is_causal=group.shape[1] > 1).flatten(
+                0, 1
+            )
             for group in groups
         ]
     return recomputed(pick, recomputed(join, *parts, dim=0), inverse).unsqueeze(0)
-
-
-def _tokens_of(x: Tensor, group: Tensor) -> Tensor:
-    """x[group], not kept where x need not be."""
-    return recomputed(pick, x, group) if is_recomputed(x) else x[group]
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Tensor:
